@@ -1,0 +1,71 @@
+"""Argument checks that the public functions of all ops share: dtypes, shapes, devices, values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.dispatch import slot
+
+REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex128, torch.complex64)
+HALF = (torch.bfloat16, torch.float16)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which activations of ``dtype`` are accumulated, and of the states: fp32, or the wider or complex one."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def check_activation(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = REAL) -> None:
+    """Raises TypeError unless ``tensor`` is a Tensor of one of the allowed dtypes."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name} must be one of {', '.join(map(_short, allowed))}, got {_short(tensor.dtype)}")
+
+
+def check_parameter(name: str, tensor: Tensor, activation: str, dtype: torch.dtype) -> None:
+    """Raises TypeError unless ``tensor`` has the activations' ``dtype`` or is float32 (decays, biases, states)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    allowed = (dtype,) if dtype.is_complex else (dtype, torch.float32)
+    if tensor.dtype not in allowed:
+        words = " or ".join(dict.fromkeys(map(_short, allowed)))
+        raise TypeError(f"{name} must be {words} beside {activation} of {_short(dtype)}, got {_short(tensor.dtype)}")
+
+
+def check_shape(name: str, tensor: Tensor, *expected: tuple[int, ...], of: str) -> None:
+    """Raises ValueError unless the shape is one of those expected; ``of`` says in letters what they mean."""
+    if tuple(tensor.shape) not in expected:
+        shapes = " or ".join(map(str, expected))
+        raise ValueError(f"{name} must have shape {of} = {shapes}, got {tuple(tensor.shape)}")
+
+
+def check_rank(name: str, tensor: Tensor, rank: int, of: str) -> None:
+    """Raises ValueError unless ``tensor`` has ``rank`` dimensions."""
+    if tensor.dim() != rank:
+        raise ValueError(
+            f"{name} must have {rank} dimensions, {of}, got {tensor.dim()} in shape {tuple(tensor.shape)}"
+        )
+
+
+def check_device(name: str, tensor: Tensor, activation: str, device: torch.device) -> None:
+    """Raises ValueError unless ``tensor`` is on ``device``, where the activation is."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, {activation} on {device}; move one of them")
+
+
+def check_finite(**tensors: Tensor | None) -> None:
+    """Under ``seqzoo.ops.checks``: raises ValueError naming the first tensor that holds NaN or infinity, and where."""
+    if not slot.checks or torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if tensor is None or bool(torch.isfinite(tensor).all()):
+            continue
+        index = tuple(int(i) for i in torch.nonzero(~torch.isfinite(tensor))[0])
+        raise ValueError(f"{name} must be finite, got {tensor[index].item()} at index {index}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
