@@ -45,9 +45,7 @@ def check_shape(name: str, tensor: Tensor, *expected: tuple[int, ...], of: str) 
 def check_rank(name: str, tensor: Tensor, rank: int, of: str) -> None:
     """Raises ValueError unless ``tensor`` has ``rank`` dimensions."""
     if tensor.dim() != rank:
-        raise ValueError(
-            f"{name} must have {rank} dimensions, {of}, got {tensor.dim()} in shape {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{name} must have {rank} dimensions, {of}, got {tensor.dim()} in shape {tuple(tensor.shape)}")
 
 
 def check_device(name: str, tensor: Tensor, activation: str, device: torch.device) -> None:

@@ -8,3 +8,14 @@ from seqzoo.version import __version__ as __version__
 # inside it. Where the links were lost (Windows, some archives), look one directory up.
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
+
+from seqzoo import layers as layers
+from seqzoo.mixer import LimitError as LimitError
+from seqzoo.mixer import SequenceMixer as SequenceMixer
+from seqzoo.mixer import State as State
+from seqzoo.mixer import create as create
+from seqzoo.mixer import fork as fork
+from seqzoo.mixer import list_mixers as list_mixers
+from seqzoo.mixer import register as register
+from seqzoo.packing import Packing as Packing
+from seqzoo.parameters import parameter_groups as parameter_groups

@@ -1,0 +1,68 @@
+"""What minGRU and minLSTM share: one projection, the fused gated scan, an output projection."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from seqzoo.kernels.checks import accumulator
+from seqzoo.kernels.gated_scan import gated_scan
+from seqzoo.kernels.gated_scan.op import CELLS
+from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec
+from seqzoo.packing import Packing
+
+
+class GatedCell(SequenceMixer):
+    """A mixer around :func:`seqzoo.ops.gated_scan`; a subclass names its ``cell``."""
+
+    cell: ClassVar[str]
+    packs = True
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        expand: float = 1.0,
+        output_projection: bool | None = None,
+        gate_range: tuple[float, float] = (0.0, 1.0),
+        bias: bool = False,
+    ) -> None:
+        super().__init__(d_model)
+        width = int(d_model * expand)
+        if width < 1 or width != d_model * expand:
+            raise ValueError(f"expand * d_model must be a positive integer, got {expand} * {d_model}")
+        lo, hi = map(float, gate_range)
+        if not -1.0 <= lo < hi <= 1.0:
+            raise ValueError(f"gate_range must satisfy -1 <= lo < hi <= 1, got {tuple(gate_range)}")
+        project = width != d_model if output_projection is None else output_projection
+        if not project and width != d_model:
+            raise ValueError(f"output_projection=False needs expand=1, got expand={expand}")
+        self.width = width
+        self.gate_range = (lo, hi)
+        self.in_proj = nn.Linear(d_model, CELLS[self.cell] * width, bias=bias)
+        self.out_proj = nn.Linear(width, d_model, bias=bias) if project else nn.Identity()
+
+    def mix(self, x: torch.Tensor, state: State | None, packing: Packing | None, return_state: bool) -> Mixed:
+        """Projects, scans, projects."""
+        h, final_state = gated_scan(
+            self.in_proj(x),
+            None if state is None else state["h"],
+            cell=self.cell,
+            gate_range=self.gate_range,
+            cu_seqlens=packing,
+        )
+        return Mixed(self.out_proj(h), {"h": final_state})
+
+    def state_spec(self, batch_size: int, dtype: torch.dtype) -> StateSpec:
+        """One value a channel of the recurrence."""
+        return {"h": ((batch_size, self.width), accumulator(dtype))}
+
+    def reset_parameters(self) -> None:
+        """PyTorch's initialisation of linear layers; biases, where there are any, zero, so that gates start half open."""
+        for layer in (self.in_proj, self.out_proj):
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
