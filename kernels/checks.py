@@ -13,7 +13,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which activations of ``dtype`` are accumulated, and of the states: fp32, or the wider or complex one."""
+    """The dtype in which activations of ``dtype`` are accumulated, which is the states': at least float32."""
     return torch.float32 if dtype in HALF else dtype
 
 

@@ -1,13 +1,14 @@
 """The interface that every mixer keeps, and the registry through which a mixer is found.
 
-One contract, *the whole sequence = its pieces with the state handed on*, carries everything else: from it this base class
-gives each mixer decoding, truncated backpropagation and packing.
+One contract, *the whole sequence = its pieces with the state handed on*, carries everything else: from it this base
+class gives each mixer decoding, truncated backpropagation and packing.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -51,20 +52,22 @@ class SequenceMixer(nn.Module):
     """Maps a sequence ``(B, T, D)`` to a sequence ``(B, T, D)``.
 
     A mixer defines :meth:`mix` and :meth:`state_spec`, and :meth:`reset_parameters` for its initialisation. The rest
-    follows: :meth:`forward` checks its arguments and runs packed sequences, natively where ``packs`` says so and else one
-    after the other; :meth:`step` decodes.
+    follows: :meth:`forward` checks its arguments and runs packed sequences, natively where ``packs`` says so and else
+    one after the other; :meth:`step` decodes.
 
     Attributes:
         limits: What this mixer cannot do by its mathematics (a key of ``LIMITS``), with the reason.
         packs: Whether :meth:`mix` takes a Packing.
         discontinuous: Whether hard decisions make the outputs jump, so that fp32 comparisons need a margin.
         fp32_parameters: Names of parameters that stay float32 under ``.to(bfloat16)`` and ``.half()``.
+        variants: Sets of options under which the contract suite runs this mixer, small enough for a loop over time.
     """
 
     limits: ClassVar[dict[str, str]] = {}
     packs: ClassVar[bool] = False
     discontinuous: ClassVar[bool] = False
     fp32_parameters: ClassVar[tuple[str, ...]] = ()
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -112,8 +115,8 @@ class SequenceMixer(nn.Module):
 
         Args:
             x: ``(B, T, D)``, of the parameters' dtype and device.
-            state: The state before the first token, as :meth:`init_state` or an earlier call made it; zero when omitted.
-                With ``cu_seqlens`` one row a sequence.
+            state: The state before the first token, as :meth:`init_state` or an earlier call made it; zero when
+                omitted. With ``cu_seqlens`` one row a sequence.
             cu_seqlens: Boundaries of packed sequences, int32 ``(S + 1,)`` from 0 to T, or a Packing; B is then 1.
             return_state: Whether to return the state after the last token.
             return_auxiliary: Whether to return the auxiliary loss too, a scalar, zero where the mixer has none.
@@ -191,13 +194,13 @@ class SequenceMixer(nn.Module):
         return total
 
     def flops(self, length: int) -> int:
-        """Floating-point operations of a forward pass over ``length`` tokens: 2 for each weight of a matrix and token."""
+        """Floating-point operations of a forward pass over ``length`` tokens: 2 a matrix weight and token."""
         return 2 * length * sum(p.numel() for p in self.parameters() if p.dim() >= 2)
 
     def _mix_one_by_one(self, x: Tensor, state: State | None, packing: Packing, return_state: bool) -> Mixed:
         outputs, states, losses = [], [], []
         bounds = packing.bounds()
-        for index, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for index, (start, end) in enumerate(itertools.pairwise(bounds)):
             given = None if state is None else {key: value[index : index + 1] for key, value in state.items()}
             if end > start:
                 mixed = self.mix(x[:, start:end], given, None, return_state)

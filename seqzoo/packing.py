@@ -6,6 +6,7 @@ entry than there are sequences, runs from 0 to T. An empty sequence repeats an e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ def check_values(cu_seqlens: Tensor, total: int) -> None:
     values = cu_seqlens.tolist()
     if values[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {values[0]}")
-    for index, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+    for index, (start, end) in enumerate(itertools.pairwise(values)):
         if end < start:
             raise ValueError(f"cu_seqlens must not descend, got {start} then {end} at entries {index} and {index + 1}")
     if values[-1] != total:
@@ -46,8 +47,8 @@ def check_form(cu_seqlens: Tensor, batch: int, device: torch.device) -> None:
 class Packing:
     """Boundaries of packed sequences, with all that derives from them built once.
 
-    A pytree of tensors alone, so that ``torch.compile`` and ``torch.export`` take it as an input and other lengths do not
-    recompile. Build one with :meth:`from_lengths` (no synchronisation on any device) or :meth:`from_cu_seqlens`.
+    A pytree of tensors alone, so that ``torch.compile`` and ``torch.export`` take it as an input and other lengths do
+    not recompile. Build one with :meth:`from_lengths` (no synchronisation on any device) or :meth:`from_cu_seqlens`.
 
     Attributes:
         cu_seqlens: int32 ``(S + 1,)``, on the tokens' device.

@@ -12,9 +12,9 @@ from seqzoo.mixer import nearest
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Groups the parameters of a model for a PyTorch optimiser, with the options that each module asks for.
 
-    A module's ``parameter_options()`` maps names of its parameters to ``weight_decay`` (absolute) and ``lr_scale`` (times
-    ``lr``). Without an option, matrices decay and everything of fewer dimensions (norms, biases) does not. A parameter
-    that several modules share counts once, with the options of the first.
+    A module's ``parameter_options()`` maps names of its parameters to ``weight_decay`` (absolute) and ``lr_scale``
+    (times ``lr``). Without an option, matrices decay and everything of fewer dimensions (norms, biases) does not. A
+    parameter that several modules share counts once, with the options of the first.
 
     Args:
         model: Any module.

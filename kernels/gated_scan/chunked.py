@@ -1,11 +1,12 @@
-"""``gated_scan`` in PyTorch operations on whole chunks: the gates by autograd around the chunked ``linear_scan``."""
+"""``gated_scan`` in PyTorch operations on whole chunks: the gates around the chunked ``linear_scan``."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.gated_scan.reference import gates
+from seqzoo.kernels.gated_scan.op import CELLS
+from seqzoo.kernels.gated_scan.reference import gates, logit
 from seqzoo.kernels.linear_scan import chunked
 
 
@@ -38,12 +39,16 @@ def backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """As the op ``gated_scan_backward``."""
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        a, b = gates(leaf, cell, lo, hi)
-    with torch.no_grad():
-        grad_a, grad_b, grad_state = chunked.backward(
-            grad_h, grad_final_state, a, b, initial_state, h, chunk_states, cu_seqlens, reverse
-        )
-    (grad_x,) = torch.autograd.grad((a, b), leaf, (grad_a, grad_b))
-    return grad_x, grad_state
+    a, b = gates(x, cell, lo, hi)
+    grad_a, grad_b, grad_state = chunked.backward(
+        grad_h, grad_final_state, a, b, initial_state, h, chunk_states, cu_seqlens, reverse
+    )
+    *raw, value = x.to(a.dtype).chunk(CELLS[cell], dim=-1)
+    z = torch.sigmoid(logit(raw))
+    grad_logit = (grad_b * value - (hi - lo) * grad_a) * z * (1 - z)
+    if cell == "min_lstm":
+        forget, enter = raw
+        parts = (-torch.sigmoid(-forget) * grad_logit, torch.sigmoid(-enter) * grad_logit)
+    else:
+        parts = (grad_logit,)
+    return torch.cat((*parts, grad_b * z), dim=-1).to(x.dtype), grad_state

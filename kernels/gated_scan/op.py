@@ -26,7 +26,7 @@ def gated_scan(
     reverse: bool = False,
     cu_seqlens: Tensor | Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence of minGRU or minLSTM read straight from the raw projections: ``linear_scan`` with its gates fused in.
+    """The recurrence of minGRU or minLSTM, read straight from the raw projections: ``linear_scan`` with fused gates.
 
     "Were RNNs All We Needed?", https://arxiv.org/abs/2410.01201, in linear space. With lo, hi = ``gate_range``:
 
@@ -39,8 +39,8 @@ def gated_scan(
     state are float32 (float64 for float64 inputs).
 
     Args:
-        x: The projections side by side in the last dimension, ``(B, T, 2 D)`` for minGRU and ``(B, T, 3 D)`` for minLSTM:
-            float64, float32, bfloat16 or float16.
+        x: The projections side by side in the last dimension, ``(B, T, 2 D)`` for minGRU and ``(B, T, 3 D)`` for
+            minLSTM: float64, float32, bfloat16 or float16.
         initial_state: The value before the first token, ``(B, D)``, of x's dtype or float32; zero when omitted. With
             ``cu_seqlens`` one row a sequence, ``(S, D)``.
         cell: ``"min_gru"`` or ``"min_lstm"``.
@@ -83,7 +83,7 @@ def gated_scan(
 
 
 def value_shaped(x: Tensor, cell: str) -> Tensor:
-    """A tensor that stands for one projection, ``(B, T, D)``: its shape, dtype and device, without memory of its own."""
+    """A view that stands for one projection, ``(B, T, D)``: its shape, dtype and device."""
     return x.narrow(2, 0, x.shape[2] // CELLS[cell])
 
 

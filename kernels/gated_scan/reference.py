@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from seqzoo.kernels.checks import accumulator
+from seqzoo.kernels.gated_scan.op import CELLS
 from seqzoo.kernels.linear_scan import reference
 
 
-def gates(x: Tensor, cell: str, lo: float, hi: float) -> tuple[Tensor, Tensor]:
-    """The factor and the addend of the recurrence, ``(B, T, D)`` each, in the accumulator's dtype.
+def logit(raw: Sequence[Tensor]) -> Tensor:
+    """The logit of the new value's weight z, from the gates' projections.
 
-    minLSTM's normalised input gate is the sigmoid of one logit, ``sigmoid(f) / sigmoid(i) = exp(softplus(-i) - softplus(-f))``,
-    which keeps it exact where both gates are near zero.
+    minLSTM's normalised input gate is the sigmoid of one logit too, ``f / i = exp(softplus(-i) - softplus(-f))`` with
+    the raw projections on the right, which is exact where both gates are near zero.
     """
-    x = x.to(accumulator(x.dtype))
-    if cell == "min_gru":
-        logit, value = x.chunk(2, dim=-1)
-    else:
-        forget, enter, value = x.chunk(3, dim=-1)
-        logit = torch.nn.functional.softplus(-forget) - torch.nn.functional.softplus(-enter)
-    return lo + (hi - lo) * torch.sigmoid(-logit), torch.sigmoid(logit) * value
+    if len(raw) == 1:
+        return raw[0]
+    forget, enter = raw
+    return torch.nn.functional.softplus(-forget) - torch.nn.functional.softplus(-enter)
+
+
+def gates(x: Tensor, cell: str, lo: float, hi: float) -> tuple[Tensor, Tensor]:
+    """The factor and the addend of the recurrence, ``(B, T, D)`` each, in the accumulator's dtype."""
+    *raw, value = x.to(accumulator(x.dtype)).chunk(CELLS[cell], dim=-1)
+    weight = logit(raw)
+    return lo + (hi - lo) * torch.sigmoid(-weight), torch.sigmoid(weight) * value
 
 
 def gated_scan(

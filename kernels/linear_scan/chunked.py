@@ -1,7 +1,8 @@
 """``linear_scan`` in PyTorch operations on whole chunks: any device, any dtype, no compiler.
 
-Within chunks of ``CHUNK`` tokens the recurrence is solved by doubling (Hillis and Steele 1986), all chunks at once; a loop
-over chunks carries the state. Sequence boundaries are masks on the doubling, so no value crosses one, not even NaN.
+Within chunks of ``CHUNK`` tokens the recurrence is solved by doubling (Hillis and Steele 1986), all chunks at once; a
+loop over chunks carries the state. Sequence boundaries are masks on the doubling, so no value crosses one, not even
+NaN.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the op ``linear_scan_backward``.
 
-    With gamma_t the gradient of the loss in h_t through everything later, ``gamma_t = grad_h_t + conj(a_{t+1}) gamma_{t+1}``:
-    the same scan the other way, entered by the gradient of the final state with the factor 1.
+    With gamma_t the gradient of the loss in h_t through everything later, ``gamma_t = grad_h_t + conj(a_{t+1})
+    gamma_{t+1}``: the same scan the other way, entered by the gradient of the final state with the factor 1.
     """
     dtype = accumulator(b.dtype)
     factors = a.to(dtype).expand(b.shape)
@@ -74,7 +75,7 @@ def ends(b: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> tuple[Tensor, T
 
 
 def _shift(values: Tensor, at: Tensor, fill: Tensor, lengths: Tensor, by: int) -> Tensor:
-    """``values`` one token later (``by`` 1) or earlier (-1), with ``fill``'s rows at the rows ``at`` of filled sequences."""
+    """``values`` one token later (``by`` 1) or earlier (-1), with the rows of ``fill`` at the rows ``at``."""
     if values.shape[1] == 0:
         return values
     flat = values.roll(by, dims=1).flatten(0, 1)

@@ -103,9 +103,10 @@ def check_state(state: Tensor | None, activation: Tensor, bounds: Tensor | None,
 def n_chunk_states(activation: Tensor, cu_seqlens: Tensor | None, backend: str) -> int:
     """How many states between chunks a forward pass keeps for the backward pass.
 
-    The Triton kernels recompute h from the state that enters each chunk of ``CHUNK`` tokens. On the CPU h itself serves,
-    unless it was rounded to 16 bits. Packed sequences have chunks of their own: sequence ``s`` owns the rows from
-    ``cu_seqlens[s] // CHUNK + s``, at most one more than it needs, so that a row's sequence is found without a sum.
+    The Triton kernels recompute h from the state that enters each chunk of ``CHUNK`` tokens. On the CPU h itself
+    serves, unless it was rounded to 16 bits. Packed sequences have chunks of their own: sequence ``s`` owns the rows
+    from ``cu_seqlens[s] // CHUNK + s``, at most one more than it needs, so that a row's sequence is found without a
+    sum.
     """
     name = chosen(backend, activation)
     if name == "chunked" or (name == "cpu" and activation.dtype not in HALF):

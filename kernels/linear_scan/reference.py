@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def linear_scan(
         state = values.new_zeros(batch, width) if initial_state is None else initial_state
     else:
         bounds = cu_seqlens.tolist()
-        spans = [(slice(0, 1), start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+        spans = [(slice(0, 1), start, end) for start, end in itertools.pairwise(bounds)]
         state = values.new_zeros(len(spans), width) if initial_state is None else initial_state
     outputs, final = [], []
     for index, (rows, start, end) in enumerate(spans):

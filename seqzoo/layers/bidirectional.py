@@ -20,8 +20,8 @@ class Bidirectional(SequenceMixer):
 
     Args:
         mixer: Reads from the first token to the last.
-        mixer_reverse: Reads from the last to the first. None means a copy of ``mixer`` with parameters of its own, newly
-            initialised; pass ``mixer`` itself to share them.
+        mixer_reverse: Reads from the last to the first. None means a copy of ``mixer`` with parameters of its own,
+            newly initialised; pass ``mixer`` itself to share them.
         merge: ``"sum"``; ``"concat"``, a linear map of both, ``(2 D) -> (D)``; or ``"gate"``, ``g f + (1 - g) r`` with
             ``g = sigmoid(W [f, r])``.
     """

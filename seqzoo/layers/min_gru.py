@@ -15,9 +15,9 @@ class MinGRU(GatedCell):
         h_t = (lo + (hi - lo) (1 - z_t)) h_{t-1} + z_t value_t
         y_t = W_o h_t
 
-    z weighs the new value (in ``torch.nn.GRU`` it weighs the old one). The paper's log-space form restricts the values to
-    be positive and loses accuracy with length; linear space does neither. With the default range the factors lie in
-    (0, 1) and the cell cannot track a state such as parity; ``gate_range=(-1, 1)`` allows it
+    z weighs the new value (in ``torch.nn.GRU`` it weighs the old one). The paper's log-space form restricts the
+    values to be positive and loses accuracy with length; linear space does neither. With the default range the
+    factors lie in (0, 1) and the cell cannot track a state such as parity; ``gate_range=(-1, 1)`` allows it
     (https://arxiv.org/abs/2411.12537).
 
     State: ``{"h": (B, expand * d_model)}``, float32 (float64 for float64 inputs).

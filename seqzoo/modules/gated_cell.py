@@ -19,6 +19,7 @@ class GatedCell(SequenceMixer):
 
     cell: ClassVar[str]
     packs = True
+    variants = ({}, {"expand": 1.5, "gate_range": (-1.0, 1.0), "bias": True})
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class GatedCell(SequenceMixer):
         return {"h": ((batch_size, self.width), accumulator(dtype))}
 
     def reset_parameters(self) -> None:
-        """PyTorch's initialisation of linear layers; biases, where there are any, zero, so that gates start half open."""
+        """PyTorch's initialisation of linear layers; biases, where there are any, zero: gates start half open."""
         for layer in (self.in_proj, self.out_proj):
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()

@@ -1,0 +1,223 @@
+"""How the project's Numba kernels are compiled and run, on one thread or several. One copy for all of them.
+
+A kernel is a function whose outer loop is a ``prange`` over tasks, compiled once for one thread and once for several, each
+when it is first called with some dtypes::
+
+    @function
+    def _scale_columns(x, task, y): ...
+
+    @kernel
+    def _scale(x, tasks, y):
+        for index in prange(tasks.shape[0]):
+            _scale_columns(x, tasks[index], y)
+
+    threads = threads_for(x.numel())
+    bounds, tasks = plan(cu_seqlens, batch, total, width, threads)
+    _scale(threads, array(x), tasks, array(y))
+
+The threads are OpenMP's where it exists. GNU OpenMP kills a forked child that uses it after its parent did, so a child
+computes on one thread. Elsewhere they are Numba's own, which abort the process when two Python threads start them at once;
+one lock stands before them. A fork waits for that lock and for the compiler's: a child could never take them again.
+
+Importing this module does not import Numba; the first kernel does.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# the fewest elements worth a thread: starting one costs about what they take
+ELEMENTS_PER_THREAD = 25_000
+# two cache lines of float32: threads that share rows do not write the same line
+COLUMNS = 32
+
+_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+
+# in a forked child the process is another
+_process = os.getpid()
+# taken in this order, and by a fork
+_setup, _calls = threading.RLock(), threading.RLock()
+
+
+def function(body: Callable[..., Any]) -> Any:
+    """Compiles a function that kernels call into each of them."""
+    return _numba().njit(**_OPTIONS)(body)
+
+
+def kernel(body: Callable[..., Any]) -> Kernel:
+    """Makes a kernel of a module's function; a closure over compiled functions would defeat the cache on disk."""
+    return Kernel(body)
+
+
+class Kernel:
+    """A Numba function in two compilations.
+
+    Attributes:
+        serial: The dispatcher for one thread.
+        parallel: The dispatcher for several.
+    """
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        self.serial = _dispatcher(body, parallel=False)
+        self.parallel = _dispatcher(body, parallel=True)
+
+    def __call__(self, threads: int, *arguments: Any) -> None:
+        """Runs the kernel on as many threads as :func:`threads_for` returned."""
+        if threads == 1:
+            self.serial(*arguments)
+        elif threading_layer() == "workqueue":
+            with _calls:
+                self._run(threads, arguments)
+        else:
+            self._run(threads, arguments)
+
+    def _run(self, threads: int, arguments: tuple[Any, ...]) -> None:
+        # Numba's number of threads belongs to the calling thread, and is the user's
+        numba = _numba()
+        previous = numba.get_num_threads()
+        if previous == threads:
+            self.parallel(*arguments)
+            return
+        numba.set_num_threads(threads)
+        try:
+            self.parallel(*arguments)
+        finally:
+            numba.set_num_threads(previous)
+
+
+def threads_for(elements: int) -> int:
+    """On how many threads a kernel over so many elements runs: at most as many as torch uses, and as it is worth."""
+    if elements < 2 * ELEMENTS_PER_THREAD or os.getpid() != _process:
+        return 1
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return 1
+    return min(threads, elements // ELEMENTS_PER_THREAD, _numba().config.NUMBA_NUM_THREADS)
+
+
+@lru_cache(maxsize=1)
+def threading_layer() -> str:
+    """Starts Numba's threads and says whose they are: ``"omp"``, else ``"workqueue"``, or what the user configured."""
+    numba = _numba()
+    with _setup:
+        configured = numba.config.THREADING_LAYER
+        for layer in ("omp", "workqueue") if configured == "default" else (configured,):
+            numba.config.THREADING_LAYER = layer
+            try:
+                # does nothing if they run already, in whatever layer
+                numba.get_num_threads()
+            except ValueError:
+                if layer != "omp" or configured != "default":
+                    raise
+            else:
+                break
+            finally:
+                numba.config.THREADING_LAYER = configured
+        return numba.threading_layer()
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor as a flat array; bfloat16 as uint16 and float16 as int16."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    elif tensor.dtype == torch.float16:
+        tensor = tensor.view(torch.int16)
+    return tensor.numpy().reshape(-1)
+
+
+def plan(cu_seqlens: Tensor | None, batch: int, total: int, width: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divides sequences of rows among threads: groups of whole sequences, and blocks of columns where those are too few.
+
+    Args:
+        cu_seqlens: Checked boundaries on the host, or None for ``batch`` sequences of ``total`` rows each.
+        batch: The number of dense sequences.
+        total: Rows of a dense sequence.
+        width: Columns of a row.
+        threads: How many threads share the work.
+
+    Returns:
+        bounds: int64 ``(S + 1,)``, the first row of each sequence, then the number of rows.
+        tasks: int64 ``(n, 4)``: first column, number of columns, first sequence, one beyond the last sequence.
+    """
+    if cu_seqlens is None:
+        return _dense_plan(batch, total, width, threads)
+    bounds = cu_seqlens.numpy().astype(np.int64)
+    return bounds, _tasks(bounds, width, threads)
+
+
+@lru_cache(maxsize=128)
+def _dense_plan(batch: int, total: int, width: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    bounds = np.arange(batch + 1, dtype=np.int64) * total
+    return bounds, _tasks(bounds, width, threads)
+
+
+def _tasks(bounds: np.ndarray, width: int, threads: int) -> np.ndarray:
+    """The division whose longest task is the shortest."""
+    if threads == 1:
+        return np.array([[0, width, 0, bounds.size - 1]], dtype=np.int64)
+    most = min(threads, -(-width // COLUMNS))
+    candidates = []
+    for blocks in {most, *(2**power for power in range(most.bit_length()))}:
+        columns = -(-width // (blocks * COLUMNS)) * COLUMNS
+        groups = _groups(bounds, threads // blocks)
+        # a row costs its columns and, being fetched apart from the rest of its row, about COLUMNS more
+        candidates.append((int(np.diff(bounds[groups]).max()) * (columns + COLUMNS), columns, groups))
+    _, columns, groups = min(candidates, key=lambda candidate: candidate[:2])
+    tasks = [
+        (first, min(columns, width - first), start, stop)
+        for start, stop in zip(groups[:-1], groups[1:], strict=True)
+        for first in range(0, width, columns)
+    ]
+    return np.array(tasks, dtype=np.int64)
+
+
+def _groups(bounds: np.ndarray, groups: int) -> np.ndarray:
+    """Cuts the sequences into so many groups of neighbours, of about as many rows each."""
+    ideal = np.arange(1, groups) * (bounds[-1] / groups)
+    above = np.searchsorted(bounds, ideal)
+    below = np.maximum(above - 1, 0)
+    cuts = np.where(ideal - bounds[below] < bounds[above] - ideal, below, above)
+    return np.concatenate(([0], cuts, [bounds.size - 1]))
+
+
+@lru_cache(maxsize=1)
+def _numba() -> Any:
+    import numba
+
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+    return numba
+
+
+def _dispatcher(body: Callable[..., Any], parallel: bool) -> Any:
+    dispatcher = _numba().njit(parallel=parallel, **_OPTIONS)(body)
+    from seqzoo.kernels.numba_cache import attach_cache
+
+    with _setup:
+        attach_cache(dispatcher, body, "parallel" if parallel else "serial")
+    return dispatcher
+
+
+def _before_fork() -> None:
+    from numba.core.compiler_lock import global_compiler_lock
+
+    _setup.acquire()
+    _calls.acquire()
+    global_compiler_lock.acquire()
+
+
+def _after_fork() -> None:
+    from numba.core.compiler_lock import global_compiler_lock
+
+    global_compiler_lock.release()
+    _calls.release()
+    _setup.release()

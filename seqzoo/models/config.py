@@ -1,0 +1,197 @@
+"""What defines a model, as data: a dataclass that travels through JSON and is checked when it is made."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from seqzoo.mixer import SequenceMixer, create, nearest
+from seqzoo.modules.mlp import MLPS
+from seqzoo.modules.norm import NORMS
+from seqzoo.version import __version__
+
+FORMAT = 1
+CHOICES = {"mlp": (*MLPS, "none"), "norm": tuple(NORMS), "norm_position": ("pre", "post")}
+
+_Config = TypeVar("_Config", bound="ModelConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that a model is built from.
+
+    Attributes:
+        vocab_size: Tokens of the vocabulary.
+        d_model: Width.
+        n_layers: Blocks.
+        pattern: The mixers: a registered name, or a list that repeats over the blocks, of names and of mappings with a
+            name and options, ``["mamba", {"name": "attention", "n_heads": 4}]``.
+        mlp: ``"gated"`` (SwiGLU), ``"plain"`` (GELU) or ``"none"``.
+        mlp_ratio: Hidden units of the MLP in multiples of ``d_model``, rounded up to a multiple of 16; None means 8/3
+            for the gated and 4 for the plain one, which hold equally many weights.
+        norm: ``"rms"``, ``"layer"``, or ``"batch"`` (dense batches of sequences of one length alone).
+        norm_position: ``"pre"``, before mixer and MLP, or ``"post"``, after the residual.
+        tie_embeddings: Whether the output layer is the embedding's matrix.
+        dropout: Probability with which the outputs of mixers and MLPs are dropped in training.
+        max_positions: Longest sequence of a model with learned positions; None means without.
+        auxiliary_weight: Factor of the mixers' auxiliary losses in the loss.
+        format: Version of this description.
+
+    Raises:
+        TypeError: If a value has the wrong type, or a mixer lacks an option.
+        ValueError: If a value is out of range, or there is no mixer of that name.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    pattern: str | list[str | dict[str, Any]]
+    mlp: str = "gated"
+    mlp_ratio: float | None = None
+    norm: str = "rms"
+    norm_position: str = "pre"
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    max_positions: int | None = None
+    auxiliary_weight: float = 0.01
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        _check_format(self.format)
+        for name in ("vocab_size", "d_model", "n_layers"):
+            _check_integer(name, getattr(self, name))
+        if self.max_positions is not None:
+            _check_integer("max_positions", self.max_positions)
+        for name, known in CHOICES.items():
+            _check_choice(name, getattr(self, name), known)
+        if not isinstance(self.tie_embeddings, bool):
+            raise TypeError(f"tie_embeddings must be true or false, got {self.tie_embeddings!r}")
+        _check_number("dropout", self.dropout, below=1.0)
+        _check_number("auxiliary_weight", self.auxiliary_weight)
+        if self.mlp_ratio is not None:
+            _check_number("mlp_ratio", self.mlp_ratio)
+            if self.mlp_ratio == 0:
+                raise ValueError("mlp_ratio must be positive, got 0; mlp='none' leaves the MLP out")
+        pattern = list(self.pattern) if isinstance(self.pattern, tuple) else copy.deepcopy(self.pattern)
+        object.__setattr__(self, "pattern", pattern)
+        self._check_pattern()
+
+    def _check_pattern(self) -> None:
+        if not self.pattern:
+            raise ValueError(f"pattern must name at least one mixer, got {self.pattern!r}")
+        # on the meta device a mixer costs nothing, and its own checks see every option
+        with torch.device("meta"):
+            for entry in self.entries():
+                build_mixer(entry, self.d_model)
+
+    def entries(self) -> list[str | dict[str, Any]]:
+        """The pattern as a list, once."""
+        if not isinstance(self.pattern, (str, list)):
+            raise TypeError(f"pattern must be a name or a list, got {self.pattern!r}")
+        return [self.pattern] if isinstance(self.pattern, str) else self.pattern
+
+    def mixers(self) -> list[SequenceMixer]:
+        """Builds the mixer of every block."""
+        entries = self.entries()
+        return [build_mixer(entries[index % len(entries)], self.d_model) for index in range(self.n_layers)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, which :meth:`from_dict` takes."""
+        return {field.name: copy.deepcopy(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    def to_json(self) -> str:
+        """JSON text, which :meth:`from_json` takes."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+        """Builds from plain data; ``format`` may be left out.
+
+        Raises:
+            TypeError: If a value is missing, or has the wrong type.
+            ValueError: If a name is unknown, a value out of range, or the format newer than this version reads.
+        """
+        # first, since a newer format is what explains names that are unknown here
+        _check_format(values.get("format", FORMAT))
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in fields:
+                raise ValueError(f"{cls.__name__} has no {name!r}; {nearest(name, fields)}")
+        missing = [name for name, field in fields.items() if _required(field) and name not in values]
+        if missing:
+            raise TypeError(f"{cls.__name__} needs {', '.join(missing)}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls: type[_Config], text: str) -> _Config:
+        """Builds from JSON text.
+
+        Raises:
+            TypeError: If the text is not an object of names and values, or as :meth:`from_dict` does.
+            ValueError: If the text is not JSON, or as :meth:`from_dict` does.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise TypeError(f"a {cls.__name__} is a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+def build_mixer(entry: str | Mapping[str, Any], d_model: int) -> SequenceMixer:
+    """Builds the mixer that an entry of a pattern describes.
+
+    Raises:
+        TypeError: If the entry is neither a name nor a mapping, or the mixer has no such option.
+        ValueError: If there is no mixer of that name, or an option's value does not fit.
+    """
+    if isinstance(entry, str):
+        return create(entry, d_model=d_model)
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"an entry of pattern is a name or a mapping with a name and options, got {entry!r}")
+    options = dict(entry)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"an entry of pattern needs a name, got {dict(entry)!r}")
+    if "d_model" in options:
+        raise ValueError(f"d_model belongs to the model, not to the entry {name!r} of pattern")
+    return create(name, d_model=d_model, **options)
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _check_format(value: Any) -> None:
+    _check_integer("format", value)
+    if value > FORMAT:
+        raise ValueError(
+            f"format {value} is newer than {FORMAT}, the newest that seqzoo {__version__} reads; "
+            "upgrade with pip install -U seqzoo"
+        )
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_number(name: str, value: Any, below: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0.0 <= value < below:
+        raise ValueError(f"{name} must be at least 0 and below {below}, got {value}")
+
+
+def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a name, got {value!r}")
+    if value not in known:
+        raise ValueError(f"there is no {name} {value!r}; {nearest(value, known)}")

@@ -1,0 +1,72 @@
+"""Learned positions, added to a model's inputs; the one place of a model that numbers tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqzoo.mixer import State
+from seqzoo.packing import Packing
+
+
+class LearnedPositions(nn.Module):
+    """Adds to every token a learned vector of its place in its sequence.
+
+    State: ``{"position": (B,)}``, int64, the tokens that each sequence has seen.
+
+    Args:
+        max_positions: Places, hence the longest sequence.
+        d_model: Width.
+    """
+
+    def __init__(self, max_positions: int, d_model: int) -> None:
+        super().__init__()
+        self.max_positions = max_positions
+        self.weight = nn.Parameter(torch.empty(max_positions, d_model))
+
+    def forward(self, x: Tensor, state: State | None, packing: Packing | None) -> tuple[Tensor, State]:
+        """Maps ``(B, T, D)`` to the same with positions added, and the state after the last token.
+
+        Raises:
+            ValueError: If a sequence grows longer than ``max_positions``; not on a GPU, where it is a device-side
+                assertion.
+        """
+        if packing is not None:
+            start = (
+                packing.cu_seqlens.new_zeros(packing.n_sequences, dtype=torch.int64)
+                if state is None
+                else state["position"]
+            )
+            self._check((start + packing.lengths).amax())
+            places = (packing.positions + start[packing.sequence_index])[None]
+            return x + F.embedding(places, self.weight), {"position": start + packing.lengths}
+        batch, total = x.shape[:2]
+        places = torch.arange(total, device=x.device)[None]
+        if state is None:
+            if total > self.max_positions:
+                raise ValueError(self._words(total))
+            start = torch.zeros(batch, dtype=torch.int64, device=x.device)
+        else:
+            start = state["position"]
+            self._check(start.amax() + total)
+            places = places + start[:, None]
+        return x + F.embedding(places, self.weight), {"position": start + total}
+
+    def init_state(self, batch_size: int, device: torch.device | str | None = None) -> State:
+        """The state before the first token."""
+        device = self.weight.device if device is None else device
+        return {"position": torch.zeros(batch_size, dtype=torch.int64, device=device)}
+
+    def reset_parameters(self) -> None:
+        """Normal of deviation 0.02, as the embeddings."""
+        nn.init.normal_(self.weight, std=0.02)
+
+    def _check(self, longest: Tensor) -> None:
+        if longest.device.type != "cpu" or torch.compiler.is_compiling():
+            torch.ops.aten._assert_async.msg(longest <= self.max_positions, "a sequence is longer than max_positions")
+        elif int(longest) > self.max_positions:
+            raise ValueError(self._words(int(longest)))
+
+    def _words(self, longest: int) -> str:
+        return f"a sequence of {longest} tokens is longer than max_positions, {self.max_positions}"

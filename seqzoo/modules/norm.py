@@ -1,0 +1,44 @@
+"""The normalisations between the mixers, chosen by name."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-5
+
+
+class RMSNorm(nn.RMSNorm):
+    """``x / rms(x) * scale`` over the last dimension, https://arxiv.org/abs/1910.07467.
+
+    The mean square is float32 for float16 and bfloat16 inputs; the scale starts at 1.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., D)`` to ``(..., D)``, of the scale's dtype (under autocast the two may differ)."""
+        return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over batch and time, for dense batches of sequences of one length.
+
+    In training every token is normalised by statistics of all others, the later ones included.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model, eps=EPS)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(B, T, D)`` to ``(B, T, D)``."""
+        return super().forward(input.flatten(0, 1)).view_as(input)
+
+
+def layer_norm(d_model: int) -> nn.LayerNorm:
+    """PyTorch's layer normalisation, whose statistics are float32 for float16 and bfloat16 inputs."""
+    return nn.LayerNorm(d_model, eps=EPS)
+
+
+NORMS = {"rms": RMSNorm, "layer": layer_norm, "batch": BatchNorm}

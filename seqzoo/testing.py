@@ -1,0 +1,281 @@
+"""What tests, benchmarks and ``seqzoo doctor`` share: inputs of the ops, the oracle and the tolerance derived from it.
+
+An op is compared with its own ``reference`` in float64 on the same inputs. What it may be off by is derived, not tuned:
+twice the error that the reference makes in the op's own precision, plus one rounding of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqzoo import ops
+from seqzoo.kernels import dispatch
+from seqzoo.kernels.checks import HALF
+from seqzoo.layers import Bidirectional
+from seqzoo.mixer import SequenceMixer, create, list_mixers, registration
+
+WIDE_OF = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """The same values in float64 or complex128; integers stay."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    return tensor.detach().to(WIDE_OF.get(tensor.dtype, torch.float64))
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One call of a public op: its differentiable tensors (by argument name) and the rest of its arguments."""
+
+    op: str
+    label: str
+    tensors: dict[str, Tensor | None]
+    options: dict[str, Any]
+
+    def widened(self) -> OpCase:
+        """The same call in float64."""
+        wide = {name: None if tensor is None else widen(tensor) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=wide)
+
+    def to(self, device: torch.device | str) -> OpCase:
+        """The same call on another device."""
+        return replace(
+            self,
+            tensors={name: None if value is None else value.to(device) for name, value in self.tensors.items()},
+            options={
+                name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.options.items()
+            },
+        )
+
+    def call(self, tensors: dict[str, Tensor | None] | None = None) -> tuple[Tensor, ...]:
+        """Calls the op."""
+        return getattr(ops, self.op)(**(self.tensors if tensors is None else tensors), **self.options)
+
+    def run(self, backend: str | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Outputs and, for cotangents drawn from ``seed``, the gradients of all tensors, by name."""
+        leaves = {n: None if t is None else t.detach().clone().requires_grad_() for n, t in self.tensors.items()}
+        with dispatch.backend(backend):
+            outputs = self.call(leaves)
+            present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+            reached = [(out, _cotangent(out, seed + i)) for i, out in enumerate(outputs) if out.requires_grad]
+            gradients = torch.autograd.grad(
+                [output for output, _ in reached],
+                list(present.values()),
+                [cotangent for _, cotangent in reached],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        result = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+        return result | {f"gradient of {name}": value for name, value in zip(present, gradients, strict=True)}
+
+
+def _cotangent(output: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # drawn on a coarse grid, so that every precision gets the same values
+    shape = (*output.shape, 2) if output.is_complex() else output.shape
+    drawn = torch.randint(-8, 9, shape, generator=generator).to(torch.float64) / 8
+    return (torch.view_as_complex(drawn) if output.is_complex() else drawn).to(output.device, output.dtype)
+
+
+def excess(actual: Tensor, low: Tensor, exact: Tensor) -> float:
+    """Error of ``actual`` over what it may be off by: above 1 it is wrong, NaN anywhere counts as infinitely wrong.
+
+    Args:
+        actual: Of the implementation under test.
+        low: Of the reference in the same precision.
+        exact: Of the reference in float64, on the same inputs.
+    """
+    if actual.shape != exact.shape:
+        return float("inf")
+    if actual.numel() == 0:
+        return 0.0
+    exact = widen(exact)
+    error = (widen(actual) - exact).abs().max().item()
+    scale = exact.abs().max().item()
+    if actual.dtype in dispatch.WIDE:
+        budget = 1e-12 * scale  # the oracle has errors of this size itself
+    else:
+        budget = 2 * ((widen(low) - exact).abs().max().item() + torch.finfo(actual.dtype).eps * scale)
+    if error != error:
+        return float("inf")
+    return error / budget if budget > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def compare(case: OpCase, backend: str | None) -> dict[str, float]:
+    """:func:`excess` of every output and gradient of a case on one implementation."""
+    actual = case.run(backend)
+    low = case.to("cpu").run("reference")
+    exact = case.to("cpu").widened().run("reference")
+    return {name: excess(actual[name].cpu(), low[name], exact[name]) for name in exact}
+
+
+def boundaries(lengths: Sequence[int]) -> Tensor:
+    """``cu_seqlens`` of sequences of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+# one token, empty at both ends and in the middle, across the chunks' length
+LENGTHS = (0, 1, 70, 0, 3, 64, 2, 0)
+
+
+def _uniform(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def linear_scan_case(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int] = (2, 67, 5),
+    *,
+    lengths: Sequence[int] | None = None,
+    state: bool = True,
+    time_invariant: bool = False,
+    reverse: bool = False,
+    a_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> OpCase:
+    """Inputs of :func:`seqzoo.ops.linear_scan`; with ``lengths`` packed, the shape's B and T are then theirs."""
+    g = torch.Generator().manual_seed(seed)
+    batch, total, width = shape if lengths is None else (1, sum(lengths), shape[2])
+    rows = batch if lengths is None else len(lengths)
+    a_shape = (width,) if time_invariant else (batch, total, width)
+    a, b, h = 2 * _uniform(g, *a_shape) - 1, _uniform(g, batch, total, width) - 0.5, _uniform(g, rows, width) - 0.5
+    if dtype.is_complex:
+        turn = 6.283185307179586 * _uniform(g, *a_shape)
+        a = torch.polar(a.abs(), turn)
+        b, h = (torch.complex(value, _uniform(g, *value.shape) - 0.5) for value in (b, h))
+    accumulate = torch.float32 if dtype in HALF else dtype
+    words = ["packed" if lengths is not None else f"{shape}", "reverse" if reverse else "", str(dtype).split(".")[1]]
+    words += ["time-invariant" if time_invariant else "", "state" if state else ""]
+    tensors = {"a": a.to(a_dtype or dtype), "b": b.to(dtype), "initial_state": h.to(accumulate) if state else None}
+    options = {"reverse": reverse, "cu_seqlens": None if lengths is None else boundaries(lengths)}
+    return OpCase("linear_scan", " ".join(filter(None, words)), tensors, options)
+
+
+def gated_scan_case(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int] = (2, 67, 5),
+    *,
+    cell: str = "min_gru",
+    gate_range: tuple[float, float] = (0.0, 1.0),
+    lengths: Sequence[int] | None = None,
+    state: bool = True,
+    reverse: bool = False,
+    scale: float = 4.0,
+    seed: int = 0,
+) -> OpCase:
+    """Inputs of :func:`seqzoo.ops.gated_scan`; the projections are uniform in ``(-scale, scale)``."""
+    g = torch.Generator().manual_seed(seed)
+    batch, total, width = shape if lengths is None else (1, sum(lengths), shape[2])
+    rows = batch if lengths is None else len(lengths)
+    x = scale * (2 * _uniform(g, batch, total, width * {"min_gru": 2, "min_lstm": 3}[cell]) - 1)
+    h = (_uniform(g, rows, width) - 0.5).to(torch.float32 if dtype in HALF else dtype)
+    words = [
+        cell,
+        "packed" if lengths is not None else f"{shape}",
+        "reverse" if reverse else "",
+        str(dtype).split(".")[1],
+    ]
+    options = {"cell": cell, "gate_range": gate_range, "reverse": reverse}
+    options["cu_seqlens"] = None if lengths is None else boundaries(lengths)
+    return OpCase(
+        "gated_scan", " ".join(filter(None, words)), {"x": x.to(dtype), "initial_state": h if state else None}, options
+    )
+
+
+def linear_scan_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``linear_scan``: dense and packed, both directions, a in time or not, with and without state."""
+    for reverse in (False, True):
+        yield linear_scan_case(dtype, reverse=reverse)
+        yield linear_scan_case(dtype, lengths=LENGTHS, reverse=reverse)
+        yield linear_scan_case(dtype, lengths=LENGTHS, reverse=reverse, time_invariant=True, state=False)
+        yield linear_scan_case(dtype, (3, 130, 9), reverse=reverse, time_invariant=True)
+        yield linear_scan_case(dtype, (3, 130, 1), reverse=reverse)
+    for shape in ((1, 1, 3), (2, 0, 3), (1, 64, 130), (0, 4, 3), (2, 3, 0)):
+        yield linear_scan_case(dtype, shape)
+    if dtype in HALF:
+        yield linear_scan_case(dtype, a_dtype=torch.float32)
+
+
+def gated_scan_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``gated_scan``: both cells, dense and packed, both directions, saturated gates."""
+    if dtype.is_complex:
+        return
+    for cell in ("min_gru", "min_lstm"):
+        yield gated_scan_case(dtype, cell=cell)
+        yield gated_scan_case(dtype, cell=cell, lengths=LENGTHS, reverse=True, gate_range=(-1.0, 1.0))
+        yield gated_scan_case(dtype, cell=cell, scale=100.0, gate_range=(-0.5, 1.0))
+        for shape in ((1, 1, 3), (2, 0, 3), (1, 64, 130)):
+            yield gated_scan_case(dtype, shape, cell=cell, state=False)
+
+
+OP_CASES: dict[str, Callable[[torch.dtype], Iterator[OpCase]]] = {
+    "linear_scan": linear_scan_cases,
+    "gated_scan": gated_scan_cases,
+}
+
+
+def backends(device: torch.device | str, wide: bool = False) -> list[str]:
+    """The implementations that can run on ``device``."""
+    device = torch.device(device)
+    return [name for name in dispatch.BACKENDS if dispatch.obstacle(name, device, wide) is None]
+
+
+# -- mixers --
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A mixer as the contract suite builds it."""
+
+    label: str
+    build: Callable[[], SequenceMixer]
+
+    def make(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> SequenceMixer:
+        """The mixer at ``d_model`` 16, the same parameters every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            mixer = self.build()
+            mixer.reset_parameters()
+        return mixer.to(device=device, dtype=dtype)
+
+
+def subjects() -> list[Subject]:
+    """Every registered mixer in each of its variants, and the wrapper around a causal one."""
+    found = []
+    for name in list_mixers():
+        for options in registration(name).mixer.variants:
+            words = ", ".join(f"{key}={value}" for key, value in options.items())
+            found.append(
+                Subject(f"{name}({words})", lambda name=name, options=options: create(name, d_model=16, **options))
+            )
+    for merge in ("sum", "concat", "gate"):
+        found.append(
+            Subject(
+                f"bidirectional({merge})", lambda merge=merge: Bidirectional(create("min_gru", d_model=16), merge=merge)
+            )
+        )
+    return found
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 1) -> Tensor:
+    """Standard normal values on a grid of 1/64, the same in every precision."""
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ((drawn * 64).round() / 64).to(device=device, dtype=dtype)
+
+
+def random_state(mixer: SequenceMixer, batch_size: int, x: Tensor, seed: int = 2) -> dict[str, Tensor]:
+    """A state with nothing zero in it, made by running the mixer over a few tokens."""
+    with torch.no_grad():
+        _, state = mixer(inputs((batch_size, 5, mixer.d_model), x.dtype, x.device, seed), return_state=True)
+    return {key: value.detach() for key, value in state.items()}
+
+
+def parameters_of(mixer: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name."""
+    return dict(mixer.named_parameters())

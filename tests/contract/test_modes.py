@@ -1,0 +1,118 @@
+"""G1 and G2: the whole sequence is its pieces with the state handed on, token by token too; with all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seqzoo import LimitError, SequenceMixer
+from seqzoo.kernels import dispatch
+from seqzoo.testing import Subject, excess, inputs, parameters_of, random_state
+
+LENGTH = 11
+CUTS = ((11,), (4, 7), (1, 1, 9), (3, 0, 5, 3))
+
+
+def skip_stateless(mixer: SequenceMixer) -> None:
+    if "state" in mixer.limits or "step" in mixer.limits:
+        pytest.skip("test_limits asserts the error")
+
+
+def run(mixer: SequenceMixer, x: torch.Tensor, state: dict, cuts: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+    """Outputs, final state and all gradients; ``cuts`` None decodes token by token."""
+    x = x.clone().requires_grad_()
+    entering = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in state.items()}
+    pieces, current = [], entering
+    if cuts is None:
+        for token in x.unbind(1):
+            y, current = mixer.step(token, current)
+            pieces.append(y[:, None])
+    else:
+        for piece in x.split(cuts, dim=1):
+            y, current = mixer(piece, current, return_state=True)
+            pieces.append(y)
+    y = torch.cat(pieces, dim=1)
+    outputs = {"y": y} | {f"state {k}": v for k, v in current.items() if v.is_floating_point()}
+    weights = [inputs(tuple(out.shape), out.dtype, out.device, seed=3 + i) for i, out in enumerate(outputs.values())]
+    loss = sum((out * weight).sum() for out, weight in zip(outputs.values(), weights, strict=True))
+    sources = {"x": x} | {f"initial {k}": v for k, v in entering.items() if v.requires_grad} | parameters_of(mixer)
+    gradients = torch.autograd.grad(loss, list(sources.values()))
+    return {k: v.detach() for k, v in outputs.items()} | {
+        f"gradient of {k}": g for k, g in zip(sources, gradients, strict=True)
+    }
+
+
+def reference(subject: Subject, state: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    with dispatch.backend("reference"):
+        mixer = subject.make(dtype)
+        state = {k: v.cpu().to(dtype) if v.is_floating_point() else v.cpu() for k, v in state.items()}
+        return run(mixer, inputs((2, LENGTH, 16), dtype), state, (LENGTH,))
+
+
+@pytest.mark.parametrize("cuts", [*CUTS, None], ids=str)
+def test_pieces_and_steps_give_the_whole(subject: Subject, dtype, device, cuts):
+    mixer = subject.make(dtype, device)
+    skip_stateless(mixer)
+    x = inputs((2, LENGTH, 16), dtype, device)
+    state = random_state(mixer, 2, x)
+    actual = run(mixer, x, state, cuts)
+    exact, low = reference(subject, state, torch.float64), reference(subject, state, dtype)
+    for name, value in actual.items():
+        assert excess(value.cpu(), low[name], exact[name]) <= 1, name
+
+
+def test_no_state_means_the_initial_one(subject: Subject, dtype, device):
+    mixer = subject.make(dtype, device)
+    skip_stateless(mixer)
+    x = inputs((2, LENGTH, 16), dtype, device)
+    y, state = mixer(x, return_state=True)
+    other, final = mixer(x, mixer.init_state(2, dtype=dtype), return_state=True)
+    assert torch.equal(y, other)
+    assert all(torch.equal(state[key], final[key]) for key in state)
+    assert mixer(x)[1] is None
+
+
+def test_an_empty_piece_hands_the_state_on(subject: Subject, dtype, device):
+    mixer = subject.make(dtype, device)
+    skip_stateless(mixer)
+    x = inputs((2, 0, 16), dtype, device)
+    state = random_state(mixer, 2, x)
+    y, final = mixer(x, state, return_state=True)
+    assert y.shape == (2, 0, 16)
+    assert all(torch.equal(state[key], final[key]) for key in state)
+
+
+def test_gradcheck(subject: Subject, device):
+    mixer = subject.make(torch.float64, device)
+    x = inputs((1, 4, 16), torch.float64, device).requires_grad_()
+    if "state" in mixer.limits:
+        assert torch.autograd.gradcheck(lambda x: mixer(x)[0], (x,))
+        return
+    state = random_state(mixer, 1, x)
+    keys = [key for key, value in state.items() if value.is_floating_point()]
+    values = [state[key].requires_grad_() for key in keys]
+
+    def call(x, *values):
+        y, final = mixer(x, state | dict(zip(keys, values, strict=True)), return_state=True)
+        return y, *(final[key] for key in keys)
+
+    assert torch.autograd.gradcheck(call, (x, *values))
+
+
+def test_limits(subject: Subject, device):
+    mixer = subject.make(torch.float64, device)
+    x = inputs((2, 3, 16), torch.float64, device)
+    calls = {
+        "step": lambda: mixer.step(x[:, 0], {}),
+        "state": lambda: mixer(x, return_state=True),
+        "packing": lambda: mixer(x[:1], cu_seqlens=torch.tensor([0, 3], dtype=torch.int32)),
+    }
+    for ability, call in calls.items():
+        if ability in mixer.limits:
+            with pytest.raises(LimitError, match=f"{type(mixer).__name__} has no {ability}: {mixer.limits[ability]}"):
+                call()
+    if "state" in mixer.limits:
+        with pytest.raises(LimitError, match="has no state"):
+            mixer.init_state(2)
+        with pytest.raises(LimitError, match="has no state"):
+            mixer(x, {})

@@ -1,0 +1,115 @@
+"""Each kind of bad input to an op is an error that names the value and what was expected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seqzoo import ops
+from seqzoo.kernels import dispatch
+from seqzoo.ops import gated_scan, linear_scan
+from seqzoo.packing import Packing
+
+B = torch.zeros(2, 5, 3)
+A = torch.zeros(2, 5, 3)
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: linear_scan([1.0], B), TypeError, r"a must be a Tensor, got list"),
+        (lambda: linear_scan(A, B.long()), TypeError, r"b must be one of .*, got int64"),
+        (lambda: linear_scan(A.double(), B), TypeError, r"a must be float32 beside b of float32, got float64"),
+        (lambda: linear_scan(A, B.to(torch.complex64)), TypeError, r"a must be complex64 .* got float32"),
+        (lambda: linear_scan(A.bfloat16(), B.half()), TypeError, r"a must be float16 or float32 .* got bfloat16"),
+        (lambda: linear_scan(A, B[0]), ValueError, r"b must have 3 dimensions, \(B, T, D\), got 2"),
+        (lambda: linear_scan(A[:, :4], B), ValueError, r"a must have shape .*\(2, 5, 3\) or \(3,\), got \(2, 4, 3\)"),
+        (lambda: linear_scan(A, B, torch.zeros(3, 3)), ValueError, r"initial_state must have shape .*got \(3, 3\)"),
+        (lambda: linear_scan(A, B, torch.zeros(2, 3).double()), TypeError, r"initial_state must be float32"),
+        (lambda: linear_scan(A.to("meta"), B), ValueError, r"a is on meta, b on cpu"),
+        (lambda: linear_scan(A, B, cu_seqlens=ints(0, 5)), ValueError, r"batch of 1, got a batch of 2"),
+        (
+            lambda: linear_scan(A[:1], B[:1], cu_seqlens=ints(0, 4)),
+            ValueError,
+            r"end at the number of tokens, 5, got 4",
+        ),
+        (lambda: linear_scan(A[:1], B[:1], cu_seqlens=ints(1, 5)), ValueError, r"start at 0, got 1"),
+        (lambda: linear_scan(A[:1], B[:1], cu_seqlens=ints(0, 4, 3, 5)), ValueError, r"not descend, got 4 then 3"),
+        (lambda: linear_scan(A[:1], B[:1], cu_seqlens=ints(0)), ValueError, r"at least 2 entries"),
+        (lambda: linear_scan(A[:1], B[:1], cu_seqlens=ints(0, 5).long()), TypeError, r"must be int32, got torch.int64"),
+        (lambda: linear_scan(A[:1], B[:1], cu_seqlens=[0, 5]), TypeError, r"Tensor or a Packing, got list"),
+        (
+            lambda: linear_scan(A[:1], B[:1], cu_seqlens=Packing.from_lengths([4])),
+            ValueError,
+            r"describes 4 tokens, the sequence has 5",
+        ),
+        (
+            lambda: linear_scan(A[:1], B[:1], torch.zeros(1, 3), cu_seqlens=ints(0, 2, 5)),
+            ValueError,
+            r"initial_state must have shape \(S, D\)",
+        ),
+        (lambda: linear_scan(A, B, reset=True), TypeError, r"reset"),
+        (lambda: gated_scan(B, cell="gru"), ValueError, r"cell must be one of min_gru, min_lstm, got 'gru'"),
+        (lambda: gated_scan(B, cell="min_gru"), ValueError, r"2 projections side by side, got 3 channels"),
+        (
+            lambda: gated_scan(B[..., :2], cell="min_gru", gate_range=(1, 0)),
+            ValueError,
+            r"-1 <= lo < hi <= 1, got \(1, 0\)",
+        ),
+        (lambda: gated_scan(B.to(torch.complex64), cell="min_lstm"), TypeError, r"x must be one of .*complex64"),
+    ],
+)
+def test_bad_input(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu", "gpu"])
+def test_broken_boundaries_never_index(backend: str):
+    with dispatch.backend(backend), pytest.raises(ValueError, match="end at the number of tokens"):
+        linear_scan(A[:1], B[:1], cu_seqlens=ints(0, 500))
+
+
+def test_broken_boundaries_never_index_when_compiled():
+    compiled = torch.compile(lambda a, b, c: linear_scan(a, b, cu_seqlens=c)[0], fullgraph=True, backend="aot_eager")
+    assert compiled(A[:1], B[:1], ints(0, 5)).shape == (1, 5, 3)
+    with pytest.raises(ValueError, match="end at the number of tokens"):
+        compiled(A[:1], B[:1], ints(0, 500))
+
+
+def test_values_are_looked_at_only_when_asked_for():
+    poisoned = B.clone()
+    poisoned[1, 2, 0] = float("nan")
+    assert torch.isnan(linear_scan(A, poisoned)[0]).any()
+    with ops.checks(), pytest.raises(ValueError, match=r"b must be finite, got nan at index \(1, 2, 0\)"):
+        linear_scan(A, poisoned)
+    with ops.checks(), pytest.raises(ValueError, match="x must be finite"):
+        gated_scan(poisoned[..., :2], cell="min_gru")
+    assert torch.isnan(linear_scan(A, poisoned)[0]).any()
+
+
+def test_an_implementation_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch):
+    with (
+        pytest.raises(ValueError, match="backend must be one of reference, chunked, cpu, gpu, got 'fast'"),
+        ops.backend("fast"),
+    ):
+        pass
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with (
+        ops.backend("gpu"),
+        pytest.raises(RuntimeError, match="'gpu' was asked for and cannot run: it takes CUDA tensors"),
+    ):
+        linear_scan(A, B)
+    assert dispatch.slot.backend is None
+
+
+def test_choice_by_device():
+    cpu, cuda, other = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+    assert dispatch.choose(cpu, False)[0] == "cpu"
+    assert dispatch.choose(cuda, False)[0] == "gpu"
+    assert dispatch.choose(cuda, True)[0] == "chunked"
+    assert dispatch.choose(other, False)[0] == "chunked"

@@ -1,0 +1,57 @@
+"""Packing: what derives from the boundaries, and where it is built."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seqzoo import Packing
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8))
+def test_what_derives_from_the_lengths(lengths):
+    packing = Packing.from_lengths(lengths)
+    assert packing.lengths.tolist() == lengths
+    assert packing.n_sequences == len(lengths)
+    expected_index = [index for index, length in enumerate(lengths) for _ in range(length)]
+    expected_positions = [place for length in lengths for place in range(length)]
+    assert packing.sequence_index.tolist() == expected_index
+    assert packing.positions.tolist() == expected_positions
+    reversal = packing.reversal()
+    assert torch.equal(reversal[reversal], torch.arange(sum(lengths)))
+    assert packing.positions[reversal].tolist() == [length - 1 - place for length in lengths for place in range(length)]
+    again = Packing.from_cu_seqlens(packing.cu_seqlens, sum(lengths))
+    assert again.bounds() == packing.bounds()
+    assert torch.equal(again.positions, packing.positions)
+
+
+def test_it_is_a_pytree_of_tensors():
+    packing = Packing.from_lengths([2, 3])
+    leaves, spec = torch.utils._pytree.tree_flatten(packing)
+    assert len([leaf for leaf in leaves if leaf is not None]) == 4
+    assert torch.utils._pytree.tree_unflatten(leaves, spec).bounds() == [0, 2, 5]
+
+
+def test_moving_keeps_a_host_copy():
+    packing = Packing.from_lengths([2, 3], device="meta")
+    assert packing.cu_seqlens.device.type == "meta"
+    assert packing.bounds() == [0, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Packing.from_lengths([]), "non-empty"),
+        (lambda: Packing.from_lengths([2, -1]), "must not be negative, got -1"),
+        (lambda: Packing.from_lengths(torch.ones(2, 2)), r"got shape \(2, 2\)"),
+        (lambda: Packing.from_cu_seqlens(torch.tensor([0, 4], dtype=torch.int32), 5), "tokens, 5, got 4"),
+        (lambda: Packing.from_cu_seqlens(torch.tensor([0, 3, 2, 5], dtype=torch.int32), 5), "got 3 then 2"),
+        (lambda: Packing.from_cu_seqlens(Packing.from_lengths([4]), 5), "describes 4 tokens"),
+    ],
+)
+def test_bad_values(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

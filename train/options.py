@@ -1,0 +1,204 @@
+"""The options of ``seqzoo train``: a LightningCLI over the classes that the configurations name."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Optional
+
+import lightning.pytorch as lightning
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from seqzoo.mixer import nearest
+from seqzoo.train.configuration import ConfigurationError, combine, flatten, merge, to_yaml
+
+# the sections that are built from a class, and what the class must be
+SECTIONS = {"model": lightning.LightningModule, "data": lightning.LightningDataModule}
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,
+    "max_steps": -1,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+class TrainingCLI(LightningCLI):
+    """Builds module, data and trainer from the merged configuration and the options that override it.
+
+    The trainer is built later, by :meth:`build_trainer`, when the folder of the run is known.
+
+    Args:
+        configuration: Merged configurations.
+        overrides: Options, ``["--model.lr", "1e-3"]``.
+
+    Raises:
+        ConfigurationError: If an option does not exist or a value does not fit.
+    """
+
+    def __init__(self, configuration: Mapping[str, Any], overrides: Sequence[str]) -> None:
+        self.classes = {section: _named_class(configuration, section) for section in SECTIONS}
+        flat = dict(configuration)
+        for section in SECTIONS:
+            flat[section] = dict(configuration[section].get("init_args") or {})
+        known = known_options(self.classes)
+        check_names([name for name, _ in flatten(flat)], known)
+        given = [argument.replace(".init_args.", ".") if argument.startswith("--") else argument for argument in overrides]
+        check_names([argument[2:].split("=")[0].rstrip("+") for argument in given if argument.startswith("--")], known)
+        with _one_message():
+            super().__init__(
+                self.classes["model"],
+                self.classes["data"],
+                save_config_callback=None,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=False,
+                parser_kwargs={"exit_on_error": False},
+                run=False,
+                auto_configure_optimizers=False,
+                args=["--config", to_yaml(flat), *given],
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the options of a run."""
+        add_run_options(parser)
+        for section in SECTIONS:
+            if "seed" in _options(self.classes[section], section):
+                parser.link_arguments("seed", f"{section}.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses; the warning of the base class about ``sys.argv`` does not apply to a command with its own arguments."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Seeds the initialisation of the model."""
+        lightning.seed_everything(self.config.seed, verbose=False)
+
+    def instantiate_classes(self) -> None:
+        """Builds module and data."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.model = self.config_init.model
+        self.datamodule = self.config_init.data
+
+    def build_trainer(
+        self,
+        *,
+        loggers: Sequence[Any],
+        callbacks: Sequence[lightning.Callback],
+        plugins: Sequence[Any],
+        folder: str,
+    ) -> lightning.Trainer:
+        """Builds the trainer, with what the configuration names behind what the command needs."""
+        own = self.config_init.trainer
+        with _one_message():
+            return self.instantiate_trainer(
+                logger=[*loggers, *_several(own.logger)],
+                callbacks=[*callbacks, *_several(own.callbacks)],
+                plugins=[*plugins, *_several(own.plugins)],
+                default_root_dir=folder,
+            )
+
+    def text(self) -> str:
+        """The exact configuration, every default written out, as YAML that ``--config`` takes."""
+        dumped = self.parser.dump(self.config, skip_none=False, format="json")
+        values = json.loads(dumped)
+        for section, of in self.classes.items():
+            values[section] = {"class_path": class_path(of), "init_args": values.get(section, {})}
+        return to_yaml(values)
+
+
+def add_run_options(parser: ArgumentParser) -> None:
+    """Adds the options that belong to the run itself."""
+    parser.add_argument("--minutes", type=float, default=5.0, help="time in which to train; trainer.max_steps overrides it")
+    parser.add_argument("--seed", type=int, default=0, help="of initialisation, data and dropout")
+    parser.add_argument("--name", type=str, default="run", help="first part of the name of the run's folder")
+    parser.add_argument("--runs", type=str, default="runs", help="folder in which the run's folder is made")
+    parser.add_argument("--checkpoint_minutes", type=float, default=1.0, help="time between two checkpoints")
+    parser.add_argument("--checkpoint_steps", type=Optional[int], default=None, help="steps between two, additionally")
+
+
+def class_path(of: type) -> str:
+    """The name under which a class is written into a configuration."""
+    return f"{of.__module__}.{of.__qualname__}"
+
+
+def known_options(classes: Mapping[str, type]) -> list[str]:
+    """The dotted names of all options, for the given classes of the sections."""
+    parser = ArgumentParser()
+    add_run_options(parser)
+    parser.add_class_arguments(lightning.Trainer, "trainer", fail_untyped=False, instantiate=False)
+    names = list(parser.get_defaults().keys())
+    for section, of in classes.items():
+        names += _options(of, section)
+    return names
+
+
+def check_names(names: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ConfigurationError with the nearest known names unless every name is an option, or a part of one."""
+    for name in names:
+        if not any(name == one or name.startswith(f"{one}.") or one.startswith(f"{name}.") for one in known):
+            raise ConfigurationError(f"there is no option {name!r}; {nearest(name, known)}")
+
+
+def section_help(topic: str, configuration: Mapping[str, Any]) -> str:
+    """The options of one section, ``model``, ``data`` or ``trainer``, with what they mean.
+
+    Raises:
+        ConfigurationError: If there is no such section.
+    """
+    if topic not in (*SECTIONS, "trainer"):
+        raise ConfigurationError(f"there is no help on {topic!r}; known are {', '.join([*SECTIONS, 'trainer'])}")
+    of = lightning.Trainer if topic == "trainer" else _named_class(configuration, topic)
+    parser = ArgumentParser(prog="seqzoo train", usage="seqzoo train [OPTIONS]", add_help=False)
+    parser.add_class_arguments(of, topic, fail_untyped=False, instantiate=False)
+    if topic in SECTIONS:
+        values = {topic: configuration[topic].get("init_args") or {}}
+    else:
+        values = {topic: merge(TRAINER_DEFAULTS, configuration.get(topic, {}))}
+    parser.set_defaults({name: value for name, value in flatten(values) if name != "trainer.logger"})
+    return parser.format_help()
+
+
+def _named_class(configuration: Mapping[str, Any], section: str) -> type:
+    values = configuration.get(section)
+    name = values.get("class_path") if isinstance(values, Mapping) else None
+    if not isinstance(name, str) or "." not in name:
+        raise ConfigurationError(f"the configuration must name a class as {section}.class_path, got {name!r}")
+    module, _, attribute = name.rpartition(".")
+    try:
+        of = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"{section}.class_path {name!r} cannot be imported: {error}") from error
+    if not isinstance(of, type) or not issubclass(of, SECTIONS[section]):
+        raise ConfigurationError(f"{section}.class_path {name!r} must be a {SECTIONS[section].__name__}")
+    return of
+
+
+def _options(of: type, section: str) -> list[str]:
+    parser = ArgumentParser()
+    parser.add_class_arguments(of, section, fail_untyped=False, instantiate=False)
+    return list(parser.get_defaults().keys())
+
+
+def _several(value: Any) -> list[Any]:
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+@contextlib.contextmanager
+def _one_message() -> Iterator[None]:
+    """Turns whatever parsing and building raise about a value into one error without their frames."""
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except (ArgumentError, TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigurationError(str(error)) from error
