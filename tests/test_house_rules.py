@@ -24,9 +24,8 @@ LAYERS = (
     ("seqzoo.models",),
     ("seqzoo.parallel", "seqzoo.hub"),
     ("seqzoo.train", "seqzoo.eval"),
-    ("seqzoo.cli",),
+    ("seqzoo.cli", "seqzoo.models.command"),
 )
-# the hub loads models, and a model's command loads from the hub: both import the other inside functions
 HEAVY = {
     "lightning",
     "transformers",
@@ -58,10 +57,14 @@ def modules() -> list[tuple[str, Path]]:
 
 
 def level(name: str) -> int | None:
-    for index, prefixes in enumerate(LAYERS):
-        if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes):
-            return index
-    return None
+    """Place of a module in the order; the longest prefix counts."""
+    matches = [
+        (len(prefix), index)
+        for index, prefixes in enumerate(LAYERS)
+        for prefix in prefixes
+        if name == prefix or name.startswith(prefix + ".")
+    ]
+    return max(matches)[1] if matches else None
 
 
 def imported(node: ast.AST) -> list[str]:

@@ -1,8 +1,8 @@
 """Measuring beside the limit of the same machine, and the table and picture that come of it.
 
-Every benchmark belongs to a group (an op or layer at one shape); each group holds a ``limit``, what the machine could do at
-best, and peers where they are installed. On the CPU glibc's thresholds are raised for all alike, as the training command
-does: with its defaults every large output is mapped and faulted anew, which costs more than the work.
+Every benchmark belongs to a group (an op or layer at one shape); each group holds a ``limit``, what the machine could
+do at best, and peers where they are installed. On the CPU glibc's thresholds are raised for all alike, as the training
+command does: with its defaults every large output is mapped and faulted anew, which costs more than the work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seqzoo.train.allocator import raise_thresholds
+from seqzoo.train.allocator import keep_freed_memory
 
 RESULTS = Path(".benchmarks")
 
@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def thresholds(request: pytest.FixtureRequest):
     if request.config.getoption("--device") == "cpu":
-        raise_thresholds()
+        keep_freed_memory()
 
 
 @pytest.fixture(autouse=True)
