@@ -44,6 +44,21 @@ class Launch:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.reads + self.writes if tensor is not None)
 
 
+@dataclass(frozen=True)
+class Example:
+    """Launches that are compiled ahead of time as representative of an op; its tensors may be on the meta device.
+
+    Attributes:
+        label: Names it within its op.
+        launches: Those of one call.
+        elements: What the memory traffic is divided by.
+    """
+
+    label: str
+    launches: list[Launch]
+    elements: int
+
+
 def run(launches: Sequence[Launch], device: torch.device) -> None:
     """Runs launches in order on ``device``, which for the interpreter is the CPU."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -1,8 +1,8 @@
-"""Functions of one number that Numba kernels call on every element: exponential, conjugate, conversion to and from 16 bits.
+"""Functions of one number that Numba kernels call on every element: exponential, conjugate, 16-bit conversions.
 
 Each is emitted as LLVM instructions without branches or calls (the float64 exponential apart), so that the loops around
-them vectorise. NumPy has no bfloat16 and Numba no 16-bit floats on the CPU: inside kernels **uint16 stands for bfloat16 and
-int16 for float16**, which is how :func:`seqzoo.kernels.numba_runtime.array` passes them.
+them vectorise. NumPy has no bfloat16 and Numba no 16-bit floats on the CPU: inside kernels **uint16 stands for bfloat16
+and int16 for float16**, which is how :func:`seqzoo.kernels.numba_runtime.array` passes them.
 
 Importing this module imports Numba.
 """
@@ -65,6 +65,18 @@ def narrow(typing_context: Any, value: types.Type, array: types.Type) -> Any:
         return rounding(builder, context.cast(builder, values[0], value, types.float32))
 
     return element(value, array), generate
+
+
+@intrinsic
+def cast(typing_context: Any, value: types.Type, like: types.Type) -> Any:
+    """``value`` in the type of ``like``: beside a bare number, Numba would compute in float64."""
+    return like(value, like), lambda context, builder, signature, values: context.cast(builder, values[0], value, like)
+
+
+@intrinsic
+def choose(typing_context: Any, condition: types.Type, yes: types.Type, no: types.Type) -> Any:
+    """``yes if condition else no`` of two numbers of one type, without the branch that would keep a loop scalar."""
+    return yes(condition, yes, yes), lambda context, builder, signature, values: builder.select(*values)
 
 
 @intrinsic
@@ -150,7 +162,7 @@ def _widen_float16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 def _narrow_float16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """Rounds the mantissa by integer addition, whose carry is the next exponent; subnormals by adding 0.5, whose ulp is theirs."""
+    """Rounds by integer addition, which carries into the exponent; subnormals by adding 0.5, whose ulp is theirs."""
     bits = _bits(builder, x)
     sign = builder.and_(builder.lshr(bits, _word(16)), _word(0x8000))
     magnitude = builder.and_(bits, _word(0x7FFFFFFF))

@@ -1,7 +1,7 @@
 """How the project's Numba kernels are compiled and run, on one thread or several. One copy for all of them.
 
-A kernel is a function whose outer loop is a ``prange`` over tasks, compiled once for one thread and once for several, each
-when it is first called with some dtypes::
+A kernel is a function whose outer loop is a ``prange`` over tasks, compiled once for one thread and once for several,
+each when it is first called with some dtypes::
 
     @function
     def _scale_columns(x, task, y): ...
@@ -16,14 +16,16 @@ when it is first called with some dtypes::
     _scale(threads, array(x), tasks, array(y))
 
 The threads are OpenMP's where it exists. GNU OpenMP kills a forked child that uses it after its parent did, so a child
-computes on one thread. Elsewhere they are Numba's own, which abort the process when two Python threads start them at once;
-one lock stands before them. A fork waits for that lock and for the compiler's: a child could never take them again.
+computes on one thread. Elsewhere they are Numba's own, which abort the process when two Python threads start them at
+once; one lock stands before them. A fork waits for that lock and for the compiler's: what another thread holds while a
+process forks is never released in the child.
 
 Importing this module does not import Numba; the first kernel does.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -136,7 +138,7 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def plan(cu_seqlens: Tensor | None, batch: int, total: int, width: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divides sequences of rows among threads: groups of whole sequences, and blocks of columns where those are too few.
+    """Divides sequences of rows among threads: groups of whole sequences, blocks of columns where those are too few.
 
     Args:
         cu_seqlens: Checked boundaries on the host, or None for ``batch`` sequences of ``total`` rows each.
@@ -175,7 +177,7 @@ def _tasks(bounds: np.ndarray, width: int, threads: int) -> np.ndarray:
     _, columns, groups = min(candidates, key=lambda candidate: candidate[:2])
     tasks = [
         (first, min(columns, width - first), start, stop)
-        for start, stop in zip(groups[:-1], groups[1:], strict=True)
+        for start, stop in itertools.pairwise(groups)
         for first in range(0, width, columns)
     ]
     return np.array(tasks, dtype=np.int64)
@@ -193,8 +195,19 @@ def _groups(bounds: np.ndarray, groups: int) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _numba() -> Any:
     import numba
+    from numba.core.compiler_lock import global_compiler_lock
 
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+    locks = (_setup, _calls, global_compiler_lock)
+
+    def acquire() -> None:
+        for lock in locks:
+            lock.acquire()
+
+    def release() -> None:
+        for lock in reversed(locks):
+            lock.release()
+
+    os.register_at_fork(before=acquire, after_in_parent=release, after_in_child=release)
     return numba
 
 
@@ -205,19 +218,3 @@ def _dispatcher(body: Callable[..., Any], parallel: bool) -> Any:
     with _setup:
         attach_cache(dispatcher, body, "parallel" if parallel else "serial")
     return dispatcher
-
-
-def _before_fork() -> None:
-    from numba.core.compiler_lock import global_compiler_lock
-
-    _setup.acquire()
-    _calls.acquire()
-    global_compiler_lock.acquire()
-
-
-def _after_fork() -> None:
-    from numba.core.compiler_lock import global_compiler_lock
-
-    global_compiler_lock.release()
-    _calls.release()
-    _setup.release()

@@ -1,8 +1,9 @@
 """``linear_scan`` in Numba: one pass over memory forward, one backward, rows vectorised over channels.
 
 :func:`scanning`, :func:`grading` and :func:`regrading` make the loops over sequences, chunks and tokens around the
-arithmetic of one token, so that an op which makes a and b on the fly shares them. The state that runs along lies in the row
-of the final state, the gradient that runs back in the row of the initial state's gradient, both of the accumulator's dtype.
+arithmetic of one token, so that an op which makes a and b on the fly shares them. The state that runs along lies in the
+row of the final state, the gradient that runs back in the row of the initial state's gradient, both of the
+accumulator's dtype.
 
 A chunk is ``CHUNK`` tokens *in the order of the scan*, and a row of ``chunk_states`` the state that enters one; with
 ``reverse`` a sequence's first chunk is its end.
@@ -40,7 +41,7 @@ def _copy(source, target):
 
 @function
 def _first_chunk(bounds, sequence, total):
-    """The row of ``chunk_states`` with which a sequence begins; ``total`` is its length in a dense batch, -1 if packed."""
+    """The row of ``chunk_states`` for a sequence's start; ``total`` is its length in a dense batch, -1 when packed."""
     return sequence * ((total + CHUNK - 1) // CHUNK) if total >= 0 else bounds[sequence] // CHUNK + sequence
 
 
@@ -71,8 +72,8 @@ def grading(retreat: Callable[..., Any]) -> Any:
     """Makes the loop that runs one task's sequences back and reads h.
 
     Args:
-        retreat: Compiled ``(operands, row, sequence, task, previous, carry, gradients)``, one token: from the value before
-            it and the gradient that arrives from the tokens after it, writes its gradients and updates ``carry``.
+        retreat: Compiled ``(operands, row, sequence, task, previous, carry, gradients)``, one token: from the value
+            before it and the gradient that arrives from later tokens, writes its gradients and updates ``carry``.
     """
 
     @function
@@ -170,27 +171,21 @@ def _forward(a, a_width, b, bounds, tasks, width, reverse, total, state, chunk_s
 def _grade_a(grad_h, a, initial, initial_width, h, bounds, tasks, width, reverse, carry, grad_a, grad_b):
     for index in prange(tasks.shape[0]):
         operands, gradients = (grad_h, a, width), (grad_a, grad_b)
-        _grade_varying(
-            operands, bounds, tasks[index], width, reverse, initial, initial_width, h, carry, gradients
-        )
+        _grade_varying(operands, bounds, tasks[index], width, reverse, initial, initial_width, h, carry, gradients)
 
 
 @kernel
 def _grade_sum(grad_h, a, initial, initial_width, h, bounds, tasks, width, reverse, carry, sums, grad_b):
     for index in prange(tasks.shape[0]):
         operands, gradients = (grad_h, a, width), (sums, grad_b)
-        _grade_constant(
-            operands, bounds, tasks[index], width, reverse, initial, initial_width, h, carry, gradients
-        )
+        _grade_constant(operands, bounds, tasks[index], width, reverse, initial, initial_width, h, carry, gradients)
 
 
 @kernel
 def _regrade_a(grad_h, a, b, chunk_states, total, bounds, tasks, width, reverse, carry, grad_a, grad_b):
     for index in prange(tasks.shape[0]):
         forward, operands, gradients = (a, width, b, width), (grad_h, a, width), (grad_a, grad_b)
-        _regrade_varying(
-            forward, operands, bounds, tasks[index], width, reverse, total, chunk_states, carry, gradients
-        )
+        _regrade_varying(forward, operands, bounds, tasks[index], width, reverse, total, chunk_states, carry, gradients)
 
 
 @kernel
@@ -231,7 +226,7 @@ def forward(
 def outputs(
     x: Tensor, width: int, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for h, the final state (holding the initial one) and the states between chunks, for activations like ``x``."""
+    """Memory for h, the final state (holding the initial one) and the states between chunks, beside activations x."""
     batch, total, _ = x.shape
     h = x.new_empty((batch, total, width))
     if initial_state is None:
@@ -259,9 +254,7 @@ def backward(
     grad_b, grad_state = torch.empty_like(b), grad_final_state.clone()
     constant = a.dim() == 1
     if constant:
-        # summed for each sequence, then over sequences in their order: the same bits on any number of threads
-        double = torch.complex128 if b.is_complex() else torch.float64
-        grad_a = b.new_zeros(grad_state.shape, dtype=double)
+        grad_a = b.new_zeros(grad_state.shape, dtype=torch.complex128 if b.is_complex() else torch.float64)
     else:
         grad_a = torch.empty_like(a)
     threads = threads_for(b.numel())
@@ -276,7 +269,8 @@ def backward(
         initial, initial_width = entering(initial_state, grad_state)
         run(threads, array(grad_h), array(a), initial, initial_width, array(h), *shared)
     if constant:
-        grad_a = grad_a.cumsum(0)[-1].to(a.dtype) if grad_a.shape[0] else torch.zeros_like(a)
+        # NumPy adds the sequences one after another: the same bits on any number of threads
+        grad_a = torch.from_numpy(grad_a.numpy().sum(axis=0)).to(a.dtype)
     return grad_a, grad_b, grad_state
 
 

@@ -1,12 +1,13 @@
 """``linear_scan`` on Triton: which kernels run, over which grid, and what they move.
 
-Launches: 1 forward and 1 backward where the sequences times the channels fill the device, else 2 and 2 (segments and their
-summaries). Bytes an element in bf16: 6 forward and 10 backward, 10 and 14 in segments, and 1/16 for the states kept between
-chunks each way.
+Launches: 1 forward and 1 backward where the sequences times the channels fill the device, else 2 and 2 (segments and
+their summaries). Bytes an element in bf16: 6 forward and 10 backward, in segments 10 and 14, and each way 1/16 for the
+states that the backward pass recomputes h from.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.checks import accumulator
-from seqzoo.kernels.launch import Device, Launch, properties, run
+from seqzoo.kernels.launch import Device, Example, Launch, properties, run
 from seqzoo.kernels.linear_scan.gpu_kernels import backward_kernel, forward_kernel, summary_kernel
 from seqzoo.kernels.linear_scan.op import CHUNK
 
@@ -77,10 +78,22 @@ def forced_segment(tokens: int) -> Iterator[None]:
         _forced.pop()
 
 
-def layout(batch: int, total: int, width: int, sequences: int | None, dtype: torch.dtype, device: Device) -> Layout:
-    """The rule for (device, shape). ``sequences`` is their number when packed: one may then hold nearly every token."""
-    # a row of a program is one line of 128 bytes in 16 bits and 32: 4 bytes a thread; 8 where values are complex
-    block = device.warp * (2 if dtype.itemsize == 2 else 1)
+def layout(
+    batch: int, total: int, width: int, sequences: int | None, dtype: torch.dtype, crowded: bool, device: Device
+) -> Layout:
+    """The rule for (device, shape).
+
+    Args:
+        batch: B.
+        total: T.
+        width: D.
+        sequences: Their number when packed, else None. One of them may then hold nearly every token.
+        dtype: Of the addends.
+        crowded: Whether two channels a thread would take more registers than there are.
+        device: What it is for.
+    """
+    # a row of a program is one line of 128 bytes in 16 bits and in 32: 4 bytes a thread; 8 where values are complex
+    block = device.warp * (2 if dtype.itemsize == 2 and not crowded else 1)
     programs = -(-width // block) * (batch if sequences is None else 1)
     segment = _round_up(max(total, 1))
     if _forced:
@@ -92,6 +105,13 @@ def layout(batch: int, total: int, width: int, sequences: int | None, dtype: tor
     if sequences is not None:
         return Layout(segment, total // segment + sequences, split, block)
     return Layout(segment, batch * max(-(-total // segment), 1), split, block)
+
+
+def _rows(source: Source, narrow: bool) -> int:
+    """Tokens that a program holds at once: as many as registers allow, fewer where more is kept of each (``narrow``)."""
+    if source.cell == "linear":
+        return 16 if narrow or source.b.is_complex() else 32
+    return 8 if narrow or source.cell == "min_lstm" else 16
 
 
 def _round_up(tokens: int) -> int:
@@ -131,7 +151,13 @@ def _summaries(
         return {"p_factors": None, "p_addends": None}, []
     factors, addends = states.new_empty((2, plan.slots, states.shape[1])).unbind()
     buffers = {"p_factors": _real(factors), "p_addends": _real(addends)}
-    arguments = {**common, **buffers, "p_grad_h": _real(grad_h), "ADJOINT": grad_h is not None, "ROWS": CHUNK // 4}
+    arguments = {
+        **common,
+        **buffers,
+        "p_grad_h": _real(grad_h),
+        "ADJOINT": grad_h is not None,
+        "ROWS": _rows(source, True),
+    }
     if source.cell != "linear":
         # the value is no part of a backward summary
         width, values = states.shape[1], source.a.shape[2] // states.shape[1]
@@ -156,7 +182,7 @@ def plan_forward(
     b = source.b
     batch, total, _ = b.shape
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    plan = layout(batch, total, width, sequences, b.dtype, properties(b.device))
+    plan = layout(batch, total, width, sequences, b.dtype, source.cell == "min_lstm", properties(b.device))
     states = accumulator(b.dtype)
     n_chunks = batch * -(-total // CHUNK) if sequences is None else total // CHUNK + sequences
     h = b.new_empty((batch, total, width))
@@ -172,7 +198,7 @@ def plan_forward(
         "p_h": _real(h),
         "p_final": _real(final_state),
         "p_chunks": _real(chunk_states),
-        "ROWS": CHUNK // 2 if source.cell == "linear" else CHUNK // 4,
+        "ROWS": _rows(source, False),
     }
     reads = (*_distinct(source), initial_state)
     launches.append(Launch(forward_kernel, grid, arguments, reads, (h, final_state, chunk_states)))
@@ -190,19 +216,18 @@ def plan_backward(
     """The results of a backward pass, unwritten, and the launches that write them.
 
     Returns:
-        The gradients of ``source.a``, ``source.b`` and the initial state, and the launches. For a factor ``(D,)`` the first
-        is one partial sum a slot, ``(slots, D)``; for a gated cell the first two are one tensor.
+        The gradients of ``source.a``, ``source.b`` and the initial state, and the launches. For a factor ``(D,)`` the
+        first is one partial sum a slot, ``(slots, D)``; for a gated cell the first two are one tensor.
     """
     a, b = source.a, source.b
     batch, total, width = grad_h.shape
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    plan = layout(batch, total, width, sequences, b.dtype, properties(b.device))
+    plan = layout(batch, total, width, sequences, b.dtype, source.cell == "min_lstm", properties(b.device))
     grid = (plan.slots * -(-width // plan.block),)
     grad_b = torch.empty_like(b)
+    grad_a = grad_b if a is b else torch.empty_like(a)
     if a.dim() == 1:
         grad_a = chunk_states.new_empty((plan.slots, width))
-    else:
-        grad_a = grad_b if a is b else torch.empty_like(a)
     grad_state = torch.empty_like(grad_final_state)
     common = _common(source, width, cu_seqlens, reverse, plan)
     buffers, launches = _summaries(source, grad_h, common, plan, grid, chunk_states)
@@ -215,7 +240,7 @@ def plan_backward(
         "p_grad_a": _real(grad_a),
         "p_grad_b": _real(grad_b),
         "p_grad_initial": _real(grad_state),
-        "ROWS": CHUNK // 4,
+        "ROWS": _rows(source, True),
     }
     reads = (*_distinct(source), grad_h, grad_final_state, chunk_states)
     writes = (grad_b, grad_state) if a is b else (grad_a, grad_b, grad_state)
@@ -249,3 +274,55 @@ def backward(
     )
     run(launches, b.device)
     return grad_a.sum(0).to(a.dtype) if a.dim() == 1 else grad_a, grad_b, grad_state
+
+
+def example(label: str, source: Source, width: int, packed: bool, state: bool, reverse: bool) -> Iterator[Example]:
+    """The launches of one call forward and backward on meta tensors, for compiling ahead of time."""
+    b = source.b
+    batch, total, _ = b.shape
+    cu_seqlens = b.new_empty(9, dtype=torch.int32) if packed else None
+    states = b.new_empty((8 if packed else batch, width), dtype=accumulator(b.dtype))
+    words = ("packed" if packed else "dense", "state" if state else "", "reverse" if reverse else "")
+    label = " ".join(filter(None, (label, *words)))
+    (h, final_state, chunk_states), launches = plan_forward(
+        source, width, states if state else None, cu_seqlens, reverse
+    )
+    yield Example(f"{label} forward", launches, h.numel())
+    _, launches = plan_backward(source, h, final_state, chunk_states, cu_seqlens, reverse)
+    yield Example(f"{label} backward", launches, h.numel())
+
+
+# (B, T, D): the first fills every device without being cut, the second is cut on every device
+SHAPES = {"one pass": (64, 4096, 2048), "segments": (1, 65536, 1024)}
+
+
+def examples(exhaustive: bool) -> Iterator[Example]:
+    """What is compiled ahead of time: every form that compiles differently, or one of each kind."""
+
+    def tensor(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    kinds = {
+        "bfloat16": (torch.bfloat16, torch.bfloat16, False),
+        "float32": (torch.float32, torch.float32, False),
+        "complex64": (torch.complex64, torch.complex64, False),
+        "bfloat16, a float32 (D,)": (torch.float32, torch.bfloat16, True),
+        "complex64, a (D,)": (torch.complex64, torch.complex64, True),
+        "float16": (torch.float16, torch.float16, False),
+        "bfloat16, a float32": (torch.float32, torch.bfloat16, False),
+        "float32, a (D,)": (torch.float32, torch.float32, True),
+    }
+    few = [
+        ("bfloat16", "one pass", False, False, False),
+        ("bfloat16", "segments", True, True, True),
+        ("float32", "segments", False, True, False),
+        ("complex64, a (D,)", "one pass", False, False, False),
+        ("bfloat16, a float32 (D,)", "segments", True, True, False),
+    ]
+    every = itertools.product(kinds, SHAPES, (False, True), (False, True), (False, True))
+    for kind, mode, packed, state, reverse in every if exhaustive else few:
+        a_dtype, b_dtype, fixed = kinds[kind]
+        batch, total, width = SHAPES[mode]
+        a = tensor(width, dtype=a_dtype) if fixed else tensor(batch, total, width, dtype=a_dtype)
+        source = Source(a, tensor(batch, total, width, dtype=b_dtype))
+        yield from example(f"{kind}, {mode},", source, width, packed, state, reverse)

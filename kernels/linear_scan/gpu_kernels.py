@@ -1,14 +1,20 @@
 """The Triton kernels of the elementwise scans: ``linear_scan`` and, with the gates fused in, ``gated_scan``.
 
-A program owns ``BD`` channels of one segment of one sequence and walks it serially; each channel lives in one thread, so
+A program owns ``BD`` channels of one segment of one sequence and walks it serially; a channel lives in one thread, so
 nothing is exchanged between threads. ``ROWS`` tokens are loaded before the first is used, which keeps enough bytes in
-flight. Where sequences are too few to fill the device each is cut into segments: a first launch reduces every segment to
-its summary, the pair (A, B) of ``state_out = A state_in + B``; in a second one every program composes the summaries of
-the segments before its own and then walks its own.
+flight. Where sequences are too few to fill the device each is cut into segments: a first launch reduces every segment
+to its summary, the pair (A, B) of ``state_out = A state_in + B``; in a second one every program composes the summaries
+of the segments before its own and then walks its own.
 
 Tokens are counted in the order of the scan, k = 0, 1, ... within a sequence; ``reverse`` only changes the row of memory
 that k stands for. Values are pairs (real, imaginary); a real one repeats itself, which costs nothing once compiled.
+
+Helpers work on blocks of ``ROWS`` tokens, as tuples: a call costs the interpreter far more than what it does inside.
+``room``, ``[BD]``, is the number of tokens left from the block's first one on, zero in channels that do not exist.
 """
+
+# Triton takes neither a starred expression nor a value that only one branch would return
+# ruff: noqa: RUF005, RET505
 
 import triton
 import triton.language as tl
@@ -18,8 +24,8 @@ import triton.language as tl
 def locate(slot, p_cu, T, S, segment, CHUNK: tl.constexpr):
     """The sequence and segment behind a slot of the grid.
 
-    Packed sequence ``s`` owns the slots from ``cu[s] // segment + s``, at most one more than it needs, and in the same way
-    rows of the chunk states. Segments never cross a boundary.
+    Packed sequence ``s`` owns the slots from ``cu[s] // segment + s``, at most one more than it needs, and in the same
+    way rows of the chunk states. Segments never cross a boundary.
 
     Returns:
         sequence, segment in it, its number of segments, first row of the sequence, its tokens, its first chunk row and
@@ -53,85 +59,67 @@ def locate(slot, p_cu, T, S, segment, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def mask_token(o_d, D, present):
-    """The channels that exist, or none where the token does not."""
-    # one comparison, because the interpreter turns `mask & scalar` into an integer
-    return o_d < tl.where(present, D, 0)
-
-
-@triton.jit
-def load_pair(p, o_d, mask, COMPLEX: tl.constexpr):
-    """One value a channel, zero where masked."""
+def load_state(p, row, D, o_d, COMPLEX: tl.constexpr):
+    """One row of states, or of factors that do not depend on time."""
+    m_d = o_d < D
     if COMPLEX:
-        pair = tl.load(p + 2 * o_d[:, None] + tl.arange(0, 2)[None, :], mask=mask[:, None], other=0.0)  # [BD, 2]
+        pair = tl.load(p + row * D * 2 + 2 * o_d[:, None] + tl.arange(0, 2)[None, :], mask=m_d[:, None])  # [BD, 2]
         return tl.split(pair)
     else:
-        value = tl.load(p + o_d, mask=mask, other=0.0)
+        value = tl.load(p + row * D + o_d, mask=m_d)
         return value, value
 
 
 @triton.jit
-def store_pair(p, o_d, value, imaginary, mask, COMPLEX: tl.constexpr):
+def store_state(p, row, D, o_d, value, imaginary, needed, COMPLEX: tl.constexpr):
+    """One row of states, where ``needed`` (a scalar) holds."""
+    # one comparison, because the interpreter turns `mask & scalar` into an integer
+    mask = o_d < tl.where(needed, D, 0)
     if COMPLEX:
-        tl.store(p + 2 * o_d[:, None] + tl.arange(0, 2)[None, :], tl.join(value, imaginary), mask=mask[:, None])
+        p_row = p + row * D * 2 + 2 * o_d[:, None] + tl.arange(0, 2)[None, :]  # [BD, 2]
+        tl.store(p_row, tl.join(value, imaginary), mask=mask[:, None])
     else:
-        tl.store(p + o_d, value, mask=mask)
+        tl.store(p + row * D + o_d, value, mask=mask)
 
 
 @triton.jit
-def multiply(a, a_im, x, x_im, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        return a * x - a_im * x_im, a * x_im + a_im * x
-    else:
-        return a * x, x_im
-
-
-@triton.jit
-def select(condition, x, x_im, y, y_im, COMPLEX: tl.constexpr):
-    """x where the condition holds, else y."""
-    if COMPLEX:
-        return tl.where(condition, x, y), tl.where(condition, x_im, y_im)
-    else:
-        return tl.where(condition, x, y), y_im
-
-
-@triton.jit
-def load_tokens(
-    p_a, p_b, row, step, left, D, o_d, a, a_im,
-    CELL: tl.constexpr, FIXED: tl.constexpr, COMPLEX: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """What ``ROWS`` tokens are made of, in the dtypes of memory: a and b, or the gates and the value, four tensors each."""
-    tokens = ()
+def load_rows(p, row, step, room, D, o_d, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
+    """``ROWS`` tokens of a tensor ``(..., D)`` as pairs, zero where there is none; complex ones as ``(..., D, 2)``."""
+    rows = ()
     for r in tl.static_range(ROWS):
-        at = row + step * r
-        mask = mask_token(o_d, D, left > r)
-        if CELL == "linear":
-            if FIXED:
-                factor, factor_im = a, a_im
-            else:
-                factor, factor_im = load_pair(p_a + at * D * (COMPLEX + 1), o_d, mask, COMPLEX)
-            addend, addend_im = load_pair(p_b + at * D * (COMPLEX + 1), o_d, mask, COMPLEX)
-            tokens = tokens + ((factor, factor_im, addend, addend_im),)
-        elif CELL == "min_gru":
-            gate = tl.load(p_a + at * D * 2 + o_d, mask=mask, other=0.0)
-            value = tl.load(p_a + at * D * 2 + D + o_d, mask=mask, other=0.0)
-            tokens = tokens + ((gate, gate, value, value),)
+        mask = room > r
+        if COMPLEX:
+            p_row = p + (row + step * r) * D * 2 + 2 * o_d[:, None] + tl.arange(0, 2)[None, :]  # [BD, 2]
+            rows = rows + (tl.split(tl.load(p_row, mask=mask[:, None], other=0.0)),)
         else:
-            forget = tl.load(p_a + at * D * 3 + o_d, mask=mask, other=0.0)
-            enter = tl.load(p_a + at * D * 3 + D + o_d, mask=mask, other=0.0)
-            value = tl.load(p_a + at * D * 3 + D * 2 + o_d, mask=mask, other=0.0)
-            tokens = tokens + ((forget, enter, value, value),)
-    return tokens
+            value = tl.load(p + (row + step * r) * D + o_d, mask=mask, other=0.0)
+            rows = rows + ((value, value),)
+    return rows
 
 
 @triton.jit
-def load_gradients(p, row, step, left, D, o_d, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
-    """The gradients of ``ROWS`` outputs, zero where there is no token."""
-    gradients = ()
+def store_rows(p, row, step, room, D, o_d, values, WHICH: tl.constexpr, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
+    """Writes ``ROWS`` tokens of a tensor ``(..., D)``: of each tuple the entry WHICH and, if complex, the next one."""
     for r in tl.static_range(ROWS):
-        mask = mask_token(o_d, D, left > r)
-        gradients = gradients + (load_pair(p + (row + step * r) * D * (COMPLEX + 1), o_d, mask, COMPLEX),)
-    return gradients
+        mask = room > r
+        if COMPLEX:
+            p_row = p + (row + step * r) * D * 2 + 2 * o_d[:, None] + tl.arange(0, 2)[None, :]  # [BD, 2]
+            tl.store(p_row, tl.join(values[r][WHICH], values[r][WHICH + 1]), mask=mask[:, None])
+        else:
+            tl.store(p + (row + step * r) * D + o_d, values[r][WHICH], mask=mask)
+
+
+@triton.jit
+def load_projections(p, row, step, room, D, o_d, N: tl.constexpr, ROWS: tl.constexpr):
+    """``ROWS`` tokens of raw projections ``(..., N D)`` as tuples of 3: the gates (minGRU's one twice), the value."""
+    rows = ()
+    for r in tl.static_range(ROWS):
+        mask = room > r
+        p_row = p + (row + step * r) * D * N + o_d
+        gate = tl.load(p_row, mask=mask, other=0.0)
+        other_gate = gate if N == 2 else tl.load(p_row + D, mask=mask, other=0.0)
+        rows = rows + ((gate, other_gate, tl.load(p_row + D * (N - 1), mask=mask, other=0.0)),)
+    return rows
 
 
 @triton.jit
@@ -143,55 +131,145 @@ def sigmoids(x):
 
 
 @triton.jit
-def gates(token, DTYPE: tl.constexpr, CELL: tl.constexpr):
-    """How much of the value enters, and the rest of 1.
+def min_lstm_gates(forget, enter):
+    """minLSTM's normalised input gate and its complement.
 
-    minLSTM's ``sigmoid(i) / (sigmoid(f) + sigmoid(i))`` is ``(1 + e^-f) / ((1 + e^-f) + (1 + e^-i))``. The two sums are
-    written as ``(1 + e^-|x|) e^max(-x, 0)`` and the larger of the second factors is divided out, so nothing overflows.
+    ``sigmoid(i) / (sigmoid(f) + sigmoid(i))`` is ``(1 + e^-f) / ((1 + e^-f) + (1 + e^-i))``. The two sums are written
+    as ``(1 + e^-|x|) e^max(-x, 0)`` and the larger of the second factors is divided out, so nothing overflows.
     """
-    if CELL == "min_gru":
-        return sigmoids(token[0].to(DTYPE))
-    else:
-        forget, enter = token[0].to(DTYPE), token[1].to(DTYPE)
-        excess = tl.maximum(-forget, 0.0) - tl.maximum(-enter, 0.0)
-        small = tl.exp(-tl.abs(excess))
-        enters = (1.0 + tl.exp(-tl.abs(forget))) * tl.where(excess >= 0, 1.0, small)
-        stays = (1.0 + tl.exp(-tl.abs(enter))) * tl.where(excess >= 0, small, 1.0)
-        share = 1.0 / (enters + stays)
-        return enters * share, stays * share
+    excess = tl.maximum(-forget, 0.0) - tl.maximum(-enter, 0.0)
+    small = tl.exp(-tl.abs(excess))
+    enters = (1.0 + tl.exp(-tl.abs(forget))) * tl.where(excess >= 0, 1.0, small)
+    stays = (1.0 + tl.exp(-tl.abs(enter))) * tl.where(excess >= 0, small, 1.0)
+    share = 1.0 / (enters + stays)
+    return enters * share, stays * share
 
 
 @triton.jit
-def recurrence(token, lo, hi, DTYPE: tl.constexpr, CELL: tl.constexpr):
-    """The factor and the addend of one token, two pairs."""
-    if CELL == "linear":
-        return token[0].to(DTYPE), token[1].to(DTYPE), token[2].to(DTYPE), token[3].to(DTYPE)
+def load_tokens(
+    p_a, p_b, row, step, room, D, o_d, fixed, fixed_im,
+    CELL: tl.constexpr, FIXED: tl.constexpr, COMPLEX: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What ``ROWS`` tokens are made of, as in memory: pairs of factors and of addends, or raw projections twice."""
+    if CELL == "min_gru":
+        projections = load_projections(p_a, row, step, room, D, o_d, 2, ROWS)
+        return projections, projections
+    elif CELL == "min_lstm":
+        projections = load_projections(p_a, row, step, room, D, o_d, 3, ROWS)
+        return projections, projections
     else:
-        enters, stays = gates(token, DTYPE, CELL)
-        factor = lo + (hi - lo) * stays
-        addend = enters * token[2].to(DTYPE)
-        return factor, factor, addend, addend
+        addends = load_rows(p_b, row, step, room, D, o_d, COMPLEX, ROWS)
+        if FIXED:
+            factors = ()
+            for _ in tl.static_range(ROWS):
+                factors = factors + ((fixed, fixed_im),)
+        else:
+            factors = load_rows(p_a, row, step, room, D, o_d, COMPLEX, ROWS)
+        return factors, addends
+
+
+@triton.jit
+def prepare(tokens, lo, hi, DTYPE: tl.constexpr, CELL: tl.constexpr, ROWS: tl.constexpr):
+    """The recurrence of ``ROWS`` tokens as tuples of 6: factor and addend, two pairs; how much enters and stays."""
+    factors, addends = tokens
+    values = ()
+    for r in tl.static_range(ROWS):
+        if CELL == "linear":
+            a, a_im = factors[r][0].to(DTYPE), factors[r][1].to(DTYPE)
+            b, b_im = addends[r][0].to(DTYPE), addends[r][1].to(DTYPE)
+            values = values + ((a, a_im, b, b_im, a, a),)
+        else:
+            if CELL == "min_gru":
+                enters, stays = sigmoids(factors[r][0].to(DTYPE))
+            else:
+                enters, stays = min_lstm_gates(factors[r][0].to(DTYPE), factors[r][1].to(DTYPE))
+            a = lo + (hi - lo) * stays
+            b = enters * factors[r][2].to(DTYPE)
+            values = values + ((a, a, b, b, enters, stays),)
+    return values
+
+
+@triton.jit
+def advance(values, h, h_im, room, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
+    """The states before and after each of ``ROWS`` tokens, as ROWS + 1 pairs; one that is not there changes nothing."""
+    states = ((h, h_im),)
+    for r in tl.static_range(ROWS):
+        a, a_im, b, b_im = values[r][0], values[r][1], values[r][2], values[r][3]
+        x = a * h + b
+        if COMPLEX:
+            x = x - a_im * h_im
+            h_im = tl.where(room > r, a * h_im + a_im * h + b_im, h_im)
+        h = tl.where(room > r, x, h)
+        states = states + ((h, h_im),)
+    return states
+
+
+@triton.jit
+def retreat(values, gradients, states, carry, carry_im, room, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
+    """The carry before ``ROWS`` tokens and, of each, the gradients of its factor and its addend, two pairs."""
+    results = ()
+    for r in tl.static_range(ROWS - 1, -1, -1):
+        a, a_im = values[r][0], values[r][1]
+        h, h_im = states[r]
+        gamma = gradients[r][0].to(carry.dtype) + carry
+        x = a * gamma
+        grad_a = gamma * h
+        if COMPLEX:
+            gamma_im = gradients[r][1].to(carry.dtype) + carry_im
+            x = x + a_im * gamma_im
+            carry_im = tl.where(room > r, a * gamma_im - a_im * gamma, carry_im)
+            results = ((grad_a + gamma_im * h_im, gamma_im * h - gamma * h_im, gamma, gamma_im),) + results
+        else:
+            results = ((grad_a, grad_a, gamma, gamma),) + results
+        carry = tl.where(room > r, x, carry)
+    return carry, carry_im, results
 
 
 @triton.jit
 def compose(p_factors, p_addends, slot, step, count, D, o_d, h, h_im, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
     """Carries a state through ``count`` segments by their summaries, from ``slot`` in steps of 1 or -1."""
     for k in range(0, count, ROWS):
-        row = slot + step * k
-        left = count - k
-        factors = load_gradients(p_factors, row, step, left, D, o_d, COMPLEX, ROWS)
-        addends = load_gradients(p_addends, row, step, left, D, o_d, COMPLEX, ROWS)
+        room = tl.where(o_d < D, count - k, 0)
+        factors = load_rows(p_factors, slot + step * k, step, room, D, o_d, COMPLEX, ROWS)
+        addends = load_rows(p_addends, slot + step * k, step, room, D, o_d, COMPLEX, ROWS)
         for r in tl.static_range(ROWS):
             a, a_im = factors[r]
             b, b_im = addends[r]
-            x, x_im = multiply(a, a_im, h, h_im, COMPLEX)
             # the product over a long segment may overflow where the state that it meets is exactly zero
-            zero = h == 0
             if COMPLEX:
-                zero = zero & (h_im == 0)
-            x, x_im = select(zero, h, h_im, x, x_im, COMPLEX)
-            h, h_im = select(left > r, x + b, x_im + b_im, h, h_im, COMPLEX)
+                still = (h == 0) & (h_im == 0)
+                x = tl.where(still, 0.0, a * h - a_im * h_im) + b
+                x_im = tl.where(still, 0.0, a * h_im + a_im * h) + b_im
+                h_im = tl.where(room > r, x_im, h_im)
+            else:
+                x = tl.where(h == 0, 0.0, a * h) + b
+            h = tl.where(room > r, x, h)
     return h, h_im
+
+
+@triton.jit
+def summarise(values, gradients, h, h_im, product, product_im, room,
+              ADJOINT: tl.constexpr, COMPLEX: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Extends a summary, the pair of product and end, by ``ROWS`` tokens."""
+    if not ADJOINT:
+        states = advance(values, h, h_im, room, COMPLEX, ROWS)
+        h, h_im = states[ROWS]
+    for r in tl.static_range(ROWS):
+        a, a_im = values[r][0], values[r][1]
+        if ADJOINT:
+            a_im = -a_im
+            g, g_im = gradients[r][0].to(h.dtype) + h, gradients[r][1].to(h.dtype) + h_im
+            x = a * g
+            if COMPLEX:
+                x = x - a_im * g_im
+                h_im = tl.where(room > r, a * g_im + a_im * g, h_im)
+            h = tl.where(room > r, x, h)
+        x = a * product
+        if COMPLEX:
+            x = x - a_im * product_im
+            product_im = tl.where(room > r, a * product_im + a_im * product, product_im)
+        product = tl.where(room > r, x, product)
+    return h, h_im, product, product_im
 
 
 @triton.jit(do_not_specialize=["T", "S", "segment"])
@@ -205,53 +283,37 @@ def summary_kernel(
     ADJOINT: of the backward pass, where the carry goes from the last token to the first,
     ``carry = conj(a) (grad_h + carry)``.
     """
-    n_blocks = tl.cdiv(D, BD)
-    slot = tl.program_id(0) // n_blocks
-    o_d = tl.program_id(0) % n_blocks * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    i_s, i_g, n_segments, start, length, _, _ = locate(slot, p_cu, T, S, segment, CHUNK)
-    if ADJOINT:
-        needed = (i_g > 0) & (i_g < n_segments)
-    else:
-        needed = i_g + 1 < n_segments
+    n_columns = tl.cdiv(D, BD)
+    slot = tl.program_id(0) // n_columns
+    o_d = tl.program_id(0) % n_columns * BD + tl.arange(0, BD)
+    _, i_g, n_segments, start, length, _, _ = locate(slot, p_cu, T, S, segment, CHUNK)
+    needed = (i_g > 0) & (i_g < n_segments) if ADJOINT else i_g + 1 < n_segments
     if needed:
+        DTYPE: tl.constexpr = p_factors.dtype.element_ty
         n = tl.minimum(length - i_g * segment, segment)
         entry = i_g * segment
         if ADJOINT:
             entry += n - 1
         step: tl.constexpr = -1 if REVERSE != ADJOINT else 1
         row = start + (length - 1 - entry if REVERSE else entry)
-        DTYPE: tl.constexpr = p_factors.dtype.element_ty
         h = tl.zeros((BD,), DTYPE)
-        h_im = h
-        product = h + 1.0
-        product_im = h
-        fixed, fixed_im = h, h
+        h_im, product, product_im, fixed, fixed_im = h, h + 1.0, h, h, h
         if FIXED:
-            fixed, fixed_im = load_pair(p_a, o_d, m_d, COMPLEX)
+            fixed, fixed_im = load_state(p_a, slot * 0, D, o_d, COMPLEX)
         for k in range(0, n, ROWS):
-            at = row + step * k
-            left = n - k
+            room = tl.where(o_d < D, n - k, 0)
             tokens = load_tokens(
-                p_a, p_b, at, step, left, D, o_d, fixed, fixed_im, CELL, FIXED, COMPLEX, ROWS
+                p_a, p_b, row + step * k, step, room, D, o_d, fixed, fixed_im, CELL, FIXED, COMPLEX, ROWS
             )  # fmt: skip
+            gradients = ()
             if ADJOINT:
-                gradients = load_gradients(p_grad_h, at, step, left, D, o_d, COMPLEX, ROWS)
-            for r in tl.static_range(ROWS):
-                a, a_im, b, b_im = recurrence(tokens[r], lo, hi, DTYPE, CELL)
-                if ADJOINT:
-                    g, g_im = gradients[r]
-                    a_im = -a_im
-                    x, x_im = multiply(a, a_im, g.to(DTYPE) + h, g_im.to(DTYPE) + h_im, COMPLEX)
-                else:
-                    x, x_im = multiply(a, a_im, h, h_im, COMPLEX)
-                    x, x_im = x + b, x_im + b_im
-                h, h_im = select(left > r, x, x_im, h, h_im, COMPLEX)
-                x, x_im = multiply(a, a_im, product, product_im, COMPLEX)
-                product, product_im = select(left > r, x, x_im, product, product_im, COMPLEX)
-        at = slot.to(tl.int64) * D * (COMPLEX + 1)
-        store_pair(p_factors + at, o_d, product, product_im, m_d, COMPLEX)
-        store_pair(p_addends + at, o_d, h, h_im, m_d, COMPLEX)
+                gradients = load_rows(p_grad_h, row + step * k, step, room, D, o_d, COMPLEX, ROWS)
+            values = prepare(tokens, lo, hi, DTYPE, CELL, ROWS)
+            h, h_im, product, product_im = summarise(
+                values, gradients, h, h_im, product, product_im, room, ADJOINT, COMPLEX, ROWS
+            )  # fmt: skip
+        store_state(p_factors, slot.to(tl.int64), D, o_d, product, product_im, needed, COMPLEX)
+        store_state(p_addends, slot.to(tl.int64), D, o_d, h, h_im, needed, COMPLEX)
 
 
 @triton.jit(do_not_specialize=["T", "S", "segment"])
@@ -260,73 +322,70 @@ def forward_kernel(
     CELL: tl.constexpr, REVERSE: tl.constexpr, FIXED: tl.constexpr, COMPLEX: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Writes h, the state that enters every chunk and the final state; summaries are None when segments are sequences."""
-    n_blocks = tl.cdiv(D, BD)
-    slot = tl.program_id(0) // n_blocks
-    o_d = tl.program_id(0) % n_blocks * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    pitch = D * (COMPLEX + 1)
+    """Writes h, the state that enters every chunk and the final state; without summaries segments are sequences."""
+    n_columns = tl.cdiv(D, BD)
+    slot = tl.program_id(0) // n_columns
+    o_d = tl.program_id(0) % n_columns * BD + tl.arange(0, BD)
     i_s, i_g, n_segments, start, length, chunk, n_chunks = locate(slot, p_cu, T, S, segment, CHUNK)
     if i_g < n_segments:
         DTYPE: tl.constexpr = p_chunks.dtype.element_ty
         h = tl.zeros((BD,), DTYPE)
-        h_im = h
-        fixed, fixed_im = h, h
+        h_im, fixed, fixed_im = h, h, h
         if FIXED:
-            fixed, fixed_im = load_pair(p_a, o_d, m_d, COMPLEX)
+            fixed, fixed_im = load_state(p_a, slot * 0, D, o_d, COMPLEX)
         if p_initial is not None:
-            h, h_im = load_pair(p_initial + i_s.to(tl.int64) * pitch, o_d, m_d, COMPLEX)
+            h, h_im = load_state(p_initial, i_s.to(tl.int64), D, o_d, COMPLEX)
         if p_factors is not None:
             h, h_im = compose(
-                p_factors, p_addends, slot.to(tl.int64) - i_g, 1, i_g, D, o_d, h, h_im, COMPLEX, ROWS
+                p_factors, p_addends, slot.to(tl.int64) - i_g, 1, i_g, D, o_d, h, h_im, COMPLEX, CHUNK // 4
             )  # fmt: skip
         step: tl.constexpr = -1 if REVERSE else 1
         row = start + (length - 1 - i_g * segment if REVERSE else i_g * segment)
         n = tl.minimum(length - i_g * segment, segment)
-        i_c = i_g * (segment // CHUNK)
+        chunk += i_g * (segment // CHUNK)
         for c in range(0, n, CHUNK):
-            store_pair(p_chunks + (chunk + i_c + c // CHUNK) * pitch, o_d, h, h_im, m_d, COMPLEX)
-            for k in range(0, CHUNK, ROWS):
+            store_state(p_chunks, chunk + c // CHUNK, D, o_d, h, h_im, n > 0, COMPLEX)
+            for k in range(0, tl.minimum(n - c, CHUNK), ROWS):
+                room = tl.where(o_d < D, n - c - k, 0)
                 at = row + step * (c + k)
-                left = n - c - k
                 tokens = load_tokens(
-                    p_a, p_b, at, step, left, D, o_d, fixed, fixed_im, CELL, FIXED, COMPLEX, ROWS
+                    p_a, p_b, at, step, room, D, o_d, fixed, fixed_im, CELL, FIXED, COMPLEX, ROWS
                 )  # fmt: skip
-                for r in tl.static_range(ROWS):
-                    a, a_im, b, b_im = recurrence(tokens[r], lo, hi, DTYPE, CELL)
-                    x, x_im = multiply(a, a_im, h, h_im, COMPLEX)
-                    h, h_im = select(left > r, x + b, x_im + b_im, h, h_im, COMPLEX)
-                    store_pair(p_h + (at + step * r) * pitch, o_d, h, h_im, mask_token(o_d, D, left > r), COMPLEX)
+                states = advance(prepare(tokens, lo, hi, DTYPE, CELL, ROWS), h, h_im, room, COMPLEX, ROWS)
+                store_rows(p_h, at, step, room, D, o_d, states[1:], 0, COMPLEX, ROWS)
+                h, h_im = states[ROWS]
         if i_g + 1 == n_segments:
-            store_pair(p_final + i_s.to(tl.int64) * pitch, o_d, h, h_im, m_d, COMPLEX)
-            # the row that a packed sequence owns and does not need
-            surplus = mask_token(o_d, D, tl.cdiv(length, CHUNK) < n_chunks)
-            store_pair(p_chunks + (chunk + n_chunks - 1) * pitch, o_d, h, h_im, surplus, COMPLEX)
+            store_state(p_final, i_s.to(tl.int64), D, o_d, h, h_im, n >= 0, COMPLEX)
+            # the last row that a packed sequence owns, where it does not need it
+            n_own = tl.cdiv(n, CHUNK) + i_g * (segment // CHUNK)
+            store_state(p_chunks, chunk + tl.cdiv(n, CHUNK), D, o_d, h, h_im, n_own < n_chunks, COMPLEX)
 
 
 @triton.jit
 def store_gradients(
-    p_a, p_b, row, D, o_d, mask, token, grad_a, grad_a_im, grad_b, grad_b_im, lo, hi,
-    CELL: tl.constexpr, FIXED: tl.constexpr, COMPLEX: tl.constexpr,
+    p_a, p_b, row, step, room, D, o_d, tokens, values, results, lo, hi,
+    CELL: tl.constexpr, FIXED: tl.constexpr, COMPLEX: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes what one token's inputs receive; the gradient of a fixed factor is summed elsewhere."""
+    """Writes what the inputs of ``ROWS`` tokens receive; the gradient of a fixed factor is left to the caller."""
     if CELL == "linear":
+        store_rows(p_b, row, step, room, D, o_d, results, 2, COMPLEX, ROWS)
         if not FIXED:
-            store_pair(p_a + row * D * (COMPLEX + 1), o_d, grad_a, grad_a_im, mask, COMPLEX)
-        store_pair(p_b + row * D * (COMPLEX + 1), o_d, grad_b, grad_b_im, mask, COMPLEX)
+            store_rows(p_a, row, step, room, D, o_d, results, 0, COMPLEX, ROWS)
     else:
-        DTYPE: tl.constexpr = grad_b.dtype
-        enters, stays = gates(token, DTYPE, CELL)
-        grad_logit = (grad_b * token[2].to(DTYPE) - (hi - lo) * grad_a) * enters * stays
-        if CELL == "min_gru":
-            tl.store(p_a + row * D * 2 + o_d, grad_logit, mask=mask)
-            tl.store(p_a + row * D * 2 + D + o_d, grad_b * enters, mask=mask)
-        else:
-            _, closed = sigmoids(token[0].to(DTYPE))
-            tl.store(p_a + row * D * 3 + o_d, -grad_logit * closed, mask=mask)
-            _, closed = sigmoids(token[1].to(DTYPE))
-            tl.store(p_a + row * D * 3 + D + o_d, grad_logit * closed, mask=mask)
-            tl.store(p_a + row * D * 3 + D * 2 + o_d, grad_b * enters, mask=mask)
+        N: tl.constexpr = 2 if CELL == "min_gru" else 3
+        for r in tl.static_range(ROWS):
+            mask = room > r
+            token = tokens[0][r]
+            _, _, _, _, enters, stays = values[r]
+            grad_a, _, grad_b, _ = results[r]
+            p_row = p_a + (row + step * r) * D * N + o_d
+            grad_logit = (grad_b * token[2].to(grad_b.dtype) - (hi - lo) * grad_a) * enters * stays
+            tl.store(p_row + D * (N - 1), grad_b * enters, mask=mask)
+            if CELL == "min_gru":
+                tl.store(p_row, grad_logit, mask=mask)
+            else:
+                tl.store(p_row, -grad_logit * sigmoids(token[0].to(grad_b.dtype))[1], mask=mask)
+                tl.store(p_row + D, grad_logit * sigmoids(token[1].to(grad_b.dtype))[1], mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "S", "segment"])
@@ -338,93 +397,77 @@ def backward_kernel(
 ):  # fmt: skip
     """Writes the gradients of the inputs and of the initial state, from the last chunk of a segment to its first.
 
-    With gamma_k the gradient in h_k: ``gamma_k = grad_h_k + carry``, ``carry = conj(a_k) gamma_k``, entered by the gradient
-    of the final state. h is recomputed from the state that entered the chunk, which must be 4 * ROWS tokens: a first sweep
-    finds the states that enter its four blocks, a second one takes the blocks from the last to the first.
+    With gamma_k the gradient in h_k: ``gamma_k = grad_h_k + carry``, ``carry = conj(a_k) gamma_k``, entered by the
+    gradient of the final state. h is recomputed from the state that entered the chunk: a first sweep finds the states
+    that enter its blocks of ROWS tokens, a second one takes the blocks from the last to the first.
 
     FIXED: ``p_grad_a`` receives one partial sum a slot, zero in a surplus slot.
     """
-    n_blocks = tl.cdiv(D, BD)
-    slot = tl.program_id(0) // n_blocks
-    o_d = tl.program_id(0) % n_blocks * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    pitch = D * (COMPLEX + 1)
-    tl.static_assert(CHUNK == 4 * ROWS)
-    DTYPE: tl.constexpr = p_chunks.dtype.element_ty
+    n_columns = tl.cdiv(D, BD)
+    slot = tl.program_id(0) // n_columns
+    o_d = tl.program_id(0) % n_columns * BD + tl.arange(0, BD)
     i_s, i_g, n_segments, start, length, chunk, _ = locate(slot, p_cu, T, S, segment, CHUNK)
+    DTYPE: tl.constexpr = p_chunks.dtype.element_ty
     total = tl.zeros((BD,), DTYPE)
-    total_im = total
+    total_im, fixed, fixed_im = total, total, total
     if i_g < n_segments:
-        carry, carry_im = load_pair(p_grad_final + i_s.to(tl.int64) * pitch, o_d, m_d, COMPLEX)
-        if p_factors is not None:
-            carry, carry_im = compose(
-                p_factors, p_addends, slot.to(tl.int64) - i_g + n_segments - 1, -1, n_segments - 1 - i_g,
-                D, o_d, carry, carry_im, COMPLEX, ROWS,
-            )  # fmt: skip
-        fixed, fixed_im = total, total
         if FIXED:
-            fixed, fixed_im = load_pair(p_a, o_d, m_d, COMPLEX)
+            fixed, fixed_im = load_state(p_a, slot * 0, D, o_d, COMPLEX)
+        carry, carry_im = load_state(p_grad_final, i_s.to(tl.int64), D, o_d, COMPLEX)
+        if p_factors is not None:
+            last_slot = slot.to(tl.int64) - i_g + n_segments - 1
+            carry, carry_im = compose(
+                p_factors, p_addends, last_slot, -1, n_segments - 1 - i_g, D, o_d, carry, carry_im, COMPLEX, ROWS
+            )  # fmt: skip
         step: tl.constexpr = -1 if REVERSE else 1
         row = start + (length - 1 - i_g * segment if REVERSE else i_g * segment)
         n = tl.minimum(length - i_g * segment, segment)
-        last = tl.cdiv(n, CHUNK) - 1
-        i_c = i_g * (segment // CHUNK)
-        for c in range(0, last + 1):
-            first = (last - c) * CHUNK
-            h, h_im = load_pair(p_chunks + (chunk + i_c + last - c) * pitch, o_d, m_d, COMPLEX)
-            # a stack of the states that entered the blocks before
-            entered_1, entered_1_im, entered_2, entered_2_im, entered_3, entered_3_im = h, h_im, h, h_im, h, h_im
-            for k in range(0, CHUNK - ROWS, ROWS):
-                entered_3, entered_3_im = entered_2, entered_2_im
-                entered_2, entered_2_im = entered_1, entered_1_im
-                entered_1, entered_1_im = h, h_im
-                left = n - first - k
+        n_chunks = tl.cdiv(n, CHUNK)
+        chunk += i_g * (segment // CHUNK)
+        for c in range(n_chunks):
+            first = (n_chunks - 1 - c) * CHUNK
+            h, h_im = load_state(p_chunks, chunk + n_chunks - 1 - c, D, o_d, COMPLEX)
+            # the states that entered the blocks before, the latest one first
+            entered = ()
+            for i in tl.static_range(CHUNK // ROWS - 1):  # noqa: B007
+                entered = entered + ((h, h_im),)
+            n_blocks = tl.cdiv(tl.minimum(n - first, CHUNK), ROWS)
+            for k in range(0, (n_blocks - 1) * ROWS, ROWS):
+                entered = ((h, h_im),) + entered[:-1]
+                room = tl.where(o_d < D, n - first - k, 0)
                 tokens = load_tokens(
-                    p_a, p_b, row + step * (first + k), step, left, D, o_d, fixed, fixed_im,
+                    p_a, p_b, row + step * (first + k), step, room, D, o_d, fixed, fixed_im,
                     CELL, FIXED, COMPLEX, ROWS,
                 )  # fmt: skip
-                for r in tl.static_range(ROWS):
-                    a, a_im, b, b_im = recurrence(tokens[r], lo, hi, DTYPE, CELL)
-                    x, x_im = multiply(a, a_im, h, h_im, COMPLEX)
-                    h, h_im = select(left > r, x + b, x_im + b_im, h, h_im, COMPLEX)
+                states = advance(prepare(tokens, lo, hi, DTYPE, CELL, ROWS), h, h_im, room, COMPLEX, ROWS)
+                h, h_im = states[ROWS]
             partial = tl.zeros((BD,), DTYPE)
             partial_im = partial
-            for k in range(0, CHUNK, ROWS):
-                block = first + (CHUNK - ROWS) - k
+            for k in range(n_blocks):
+                block = first + (n_blocks - 1 - k) * ROWS
                 at = row + step * block
-                left = n - block
+                room = tl.where(o_d < D, n - block, 0)
                 tokens = load_tokens(
-                    p_a, p_b, at, step, left, D, o_d, fixed, fixed_im, CELL, FIXED, COMPLEX, ROWS
+                    p_a, p_b, at, step, room, D, o_d, fixed, fixed_im, CELL, FIXED, COMPLEX, ROWS
                 )  # fmt: skip
-                gradients = load_gradients(p_grad_h, at, step, left, D, o_d, COMPLEX, ROWS)
-                before = ()
-                for r in tl.static_range(ROWS):
-                    before = before + ((h, h_im),)
-                    a, a_im, b, b_im = recurrence(tokens[r], lo, hi, DTYPE, CELL)
-                    x, x_im = multiply(a, a_im, h, h_im, COMPLEX)
-                    h, h_im = select(left > r, x + b, x_im + b_im, h, h_im, COMPLEX)
-                for i in tl.static_range(ROWS):
-                    r: tl.constexpr = ROWS - 1 - i
-                    a, a_im, b, b_im = recurrence(tokens[r], lo, hi, DTYPE, CELL)
-                    g, g_im = gradients[r]
-                    gamma, gamma_im = g.to(DTYPE) + carry, g_im.to(DTYPE) + carry_im
-                    x, x_im = before[r]
-                    grad_a, grad_a_im = multiply(gamma, gamma_im, x, -x_im, COMPLEX)
-                    x, x_im = multiply(a, -a_im, gamma, gamma_im, COMPLEX)
-                    carry, carry_im = select(left > r, x, x_im, carry, carry_im, COMPLEX)
-                    if FIXED:
-                        x, x_im = partial + grad_a, partial_im + grad_a_im
-                        partial, partial_im = select(left > r, x, x_im, partial, partial_im, COMPLEX)
-                    store_gradients(
-                        p_grad_a, p_grad_b, at + step * r, D, o_d, mask_token(o_d, D, left > r), tokens[r],
-                        grad_a, grad_a_im, gamma, gamma_im, lo, hi, CELL, FIXED, COMPLEX,
-                    )  # fmt: skip
-                h, h_im = entered_1, entered_1_im
-                entered_1, entered_1_im = entered_2, entered_2_im
-                entered_2, entered_2_im = entered_3, entered_3_im
+                gradients = load_rows(p_grad_h, at, step, room, D, o_d, COMPLEX, ROWS)
+                values = prepare(tokens, lo, hi, DTYPE, CELL, ROWS)
+                states = advance(values, h, h_im, room, COMPLEX, ROWS)
+                carry, carry_im, results = retreat(values, gradients, states, carry, carry_im, room, COMPLEX, ROWS)
+                store_gradients(
+                    p_grad_a, p_grad_b, at, step, room, D, o_d, tokens, values, results, lo, hi,
+                    CELL, FIXED, COMPLEX, ROWS,
+                )  # fmt: skip
+                if FIXED:
+                    for r in tl.static_range(ROWS):
+                        partial += tl.where(room > r, results[r][0], 0.0)
+                        if COMPLEX:
+                            partial_im += tl.where(room > r, results[r][1], 0.0)
+                h, h_im = entered[0]
+                entered = entered[1:] + entered[:1]
             total += partial
             total_im += partial_im
         if i_g == 0:
-            store_pair(p_grad_initial + i_s.to(tl.int64) * pitch, o_d, carry, carry_im, m_d, COMPLEX)
+            store_state(p_grad_initial, i_s.to(tl.int64), D, o_d, carry, carry_im, n >= 0, COMPLEX)
     if FIXED:
-        store_pair(p_grad_a + slot.to(tl.int64) * pitch, o_d, total, total_im, m_d, COMPLEX)
+        store_state(p_grad_a, slot.to(tl.int64), D, o_d, total, total_im, slot >= 0, COMPLEX)
