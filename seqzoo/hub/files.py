@@ -56,11 +56,11 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "w", *, what: str = "a
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, what: str = "a folder") -> Iterator[Path]:
-    """Makes an empty folder to write into, which takes its name when the block ends, and vanishes when the block raises.
+    """Makes a folder to write into, which takes its name when the block ends, and vanishes when the block raises.
 
     A folder that had the name is replaced as a whole, everything in it included. On Linux the two are exchanged in one
-    step. Where the file system cannot do that, the old one is moved aside first; a process that dies between the two moves
-    leaves it beside the path as ``.NAME.previous``, and the next call puts it back.
+    step. Where the file system cannot do that, the old one is moved aside first; a process that dies between the two
+    moves leaves it beside the path as ``.NAME.previous``, and the next call puts it back.
 
     Args:
         path: Where; missing parents are made.

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from seqzoo.hub.files import atomic_folder, previous
+from seqzoo.kernels.checks import HALF
+from seqzoo.mixer import SequenceMixer
 from seqzoo.models.registry import model_class, model_name
 
 CONFIG = "config.json"
@@ -43,13 +45,11 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
         others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES)
         if others:
             raise FileExistsError(
-                errno.EEXIST,
-                f"saving replaces the folder, and it holds {', '.join(others[:3])}; choose another",
-                str(path),
+                f"saving replaces the whole folder {folder}, and it holds {', '.join(others[:3])}; choose another"
             )
     config: Any = model.config
     text = json.dumps({"model": name, **config.to_dict()}, indent=2) + "\n"
-    tensors = {names[0]: tensor.contiguous() for names, tensor in _tensors(model)}
+    tensors = {names[0]: tensor.detach().contiguous() for names, tensor in _tensors(model)}
     with atomic_folder(folder, what=f"the checkpoint of a {type(model).__name__}") as temporary:
         (temporary / CONFIG).write_text(text, encoding="utf-8")
         write_tensors(tensors, temporary / WEIGHTS)
@@ -86,9 +86,7 @@ def from_pretrained(
     folder = _locate(path_or_hub_id)
     for name in FILES:
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                errno.ENOENT, f"a checkpoint holds {' and '.join(FILES)}; missing", str(folder / name)
-            )
+            raise FileNotFoundError(f"{folder} holds no {name}; a checkpoint is a folder of {' and '.join(FILES)}")
     # non-persistent buffers come from reset_parameters; the caller's random numbers must not move
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
@@ -107,13 +105,13 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path))
+        raise FileNotFoundError(f"there is no folder {path}")
     candidates = [one for one in (folder, folder / "model") if any((one / name).is_file() for name in FILES)]
     if not candidates:
-        raise FileNotFoundError(errno.ENOENT, f"neither it nor its folder model holds {' and '.join(FILES)}", str(path))
+        raise FileNotFoundError(f"neither {path} nor its folder model holds a checkpoint, {' and '.join(FILES)}")
     missing = [name for name in FILES if not (candidates[0] / name).is_file()]
     if missing:
-        raise FileNotFoundError(errno.ENOENT, f"the checkpoint lacks {missing[0]}", str(candidates[0]))
+        raise FileNotFoundError(f"the checkpoint {candidates[0]} lacks {missing[0]}")
     return candidates[0]
 
 
@@ -148,10 +146,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """Every tensor of the model's state with all its names; tied ones have several."""
+    """Every parameter and saved buffer of the model with all its names; tied ones have several."""
     groups: dict[int, tuple[list[str], Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), ([], tensor.detach()))[0].append(name)
+        groups.setdefault(id(tensor), ([], tensor))[0].append(name)
     return list(groups.values())
 
 
@@ -184,11 +182,18 @@ def _fill(model: nn.Module, stored: dict[str, Tensor], path: Path) -> None:
                 f"{name} in {path} must have shape {tuple(target.shape)} and a dtype like {target.dtype}, got "
                 f"{tuple(tensor.shape)} of {tensor.dtype}"
             )
-    owners = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for names, _ in groups:
-        name = next(name for name in names if name in stored)
+    wide = _fp32_parameters(model)
+    for names, target in groups:
+        tensor = stored[next(name for name in names if name in stored)]
+        if id(target) in wide and tensor.dtype in HALF:
+            tensor = tensor.float()
         # a copy, because the stored tensors are views of the file
-        next(owners[one] for one in names if one in owners).data = stored[name].clone()
+        target.data = tensor.clone()
+
+
+def _fp32_parameters(model: nn.Module) -> set[int]:
+    mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
+    return {id(mixer.get_parameter(name)) for mixer in mixers for name in mixer.fp32_parameters}
 
 
 def _locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
@@ -199,20 +204,14 @@ def _locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise NotADirectoryError(errno.ENOTDIR, f"a checkpoint is a folder of {' and '.join(FILES)}", text)
+        raise NotADirectoryError(f"{text} is a file; a checkpoint is a folder of {' and '.join(FILES)}")
     if previous(folder).is_dir():
-        raise FileNotFoundError(
-            errno.ENOENT,
-            f"there is no such folder; an interrupted save left the previous one as {previous(folder)}",
-            text,
-        )
+        raise FileNotFoundError(f"there is no folder {text}; an interrupted save left the last as {previous(folder)}")
     if not isinstance(path_or_hub_id, str) or not _HUB_ID.fullmatch(text):
-        raise FileNotFoundError(errno.ENOENT, "there is no such folder, and it is no owner/name of the Hub", text)
+        raise FileNotFoundError(f"there is no folder {text}, and it is no owner/name of the Hub")
     if folder.parent.exists():
         raise FileNotFoundError(
-            errno.ENOENT,
-            f"there is no such folder, though {folder.parent} exists; {HUB_PREFIX}{text} means the Hub",
-            text,
+            f"there is no folder {text}, though {folder.parent} exists; to load from the Hub write {HUB_PREFIX}{text}"
         )
     return _download(text)
 
@@ -230,6 +229,4 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            errno.ENOENT, f"it is no local folder, and the Hub could not give it ({error})", hub_id
-        ) from error
+        raise FileNotFoundError(f"{hub_id} is no local folder, and the Hub did not give it: {error}") from error

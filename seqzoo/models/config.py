@@ -79,8 +79,9 @@ class ModelConfig:
             _check_number("mlp_ratio", self.mlp_ratio)
             if self.mlp_ratio == 0:
                 raise ValueError("mlp_ratio must be positive, got 0; mlp='none' leaves the MLP out")
-        pattern = list(self.pattern) if isinstance(self.pattern, tuple) else copy.deepcopy(self.pattern)
-        object.__setattr__(self, "pattern", pattern)
+        # JSON has no tuples, and a copy cannot change afterwards
+        pattern = list(self.pattern) if isinstance(self.pattern, tuple) else self.pattern
+        object.__setattr__(self, "pattern", copy.deepcopy(pattern))
         self._check_pattern()
 
     def _check_pattern(self) -> None:

@@ -32,26 +32,22 @@ class LearnedPositions(nn.Module):
             ValueError: If a sequence grows longer than ``max_positions``; not on a GPU, where it is a device-side
                 assertion.
         """
-        if packing is not None:
-            start = (
-                packing.cu_seqlens.new_zeros(packing.n_sequences, dtype=torch.int64)
-                if state is None
-                else state["position"]
-            )
-            self._check((start + packing.lengths).amax())
-            places = (packing.positions + start[packing.sequence_index])[None]
-            return x + F.embedding(places, self.weight), {"position": start + packing.lengths}
         batch, total = x.shape[:2]
-        places = torch.arange(total, device=x.device)[None]
-        if state is None:
-            if total > self.max_positions:
-                raise ValueError(self._words(total))
-            start = torch.zeros(batch, dtype=torch.int64, device=x.device)
+        rows = batch if packing is None else packing.n_sequences
+        start = self._start(state, rows, x.device)
+        if packing is None:
+            end = start + total
+            places = torch.arange(total, device=x.device)[None]
+            if state is not None:
+                places = places + start[:, None]
         else:
-            start = state["position"]
-            self._check(start.amax() + total)
-            places = places + start[:, None]
-        return x + F.embedding(places, self.weight), {"position": start + total}
+            end = start + packing.lengths
+            places = (packing.positions + start[packing.sequence_index])[None]
+        if state is None and packing is None:
+            self._check(total)
+        else:
+            self._check(end.amax())
+        return x + F.embedding(places, self.weight), {"position": end}
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> State:
         """The state before the first token."""
@@ -62,11 +58,20 @@ class LearnedPositions(nn.Module):
         """Normal of deviation 0.02, as the embeddings."""
         nn.init.normal_(self.weight, std=0.02)
 
-    def _check(self, longest: Tensor) -> None:
-        if longest.device.type != "cpu" or torch.compiler.is_compiling():
-            torch.ops.aten._assert_async.msg(longest <= self.max_positions, "a sequence is longer than max_positions")
-        elif int(longest) > self.max_positions:
-            raise ValueError(self._words(int(longest)))
+    def _start(self, state: State | None, rows: int, device: torch.device) -> Tensor:
+        if state is None:
+            return torch.zeros(rows, dtype=torch.int64, device=device)
+        if state.keys() != {"position"}:
+            raise ValueError(f"the state of the positions has the key 'position', got {sorted(state)}")
+        start = state["position"]
+        if tuple(start.shape) != (rows,):
+            raise ValueError(
+                f"state['position'] must have shape ({rows},) for {rows} sequences, got {tuple(start.shape)}"
+            )
+        return start
 
-    def _words(self, longest: int) -> str:
-        return f"a sequence of {longest} tokens is longer than max_positions, {self.max_positions}"
+    def _check(self, longest: Tensor | int) -> None:
+        if isinstance(longest, Tensor) and (longest.device.type != "cpu" or torch.compiler.is_compiling()):
+            torch.ops.aten._assert_async.msg(longest <= self.max_positions, "a sequence is longer than max_positions")
+        elif longest > self.max_positions:
+            raise ValueError(f"a sequence of {int(longest)} tokens is longer than max_positions, {self.max_positions}")

@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from seqzoo.mixer import nearest
-from seqzoo.models.config import ModelConfig
-
-
-class Configured(Protocol):
-    """What a model has to be for saving and loading: built from its ``config`` alone."""
-
-    config_class: ClassVar[type[ModelConfig]]
-    config: Any
-
-    def __init__(self, config: Any) -> None: ...
-
-    def reset_parameters(self) -> None:
-        """Initialises every parameter and buffer."""
-        ...
-
 
 _kinds: dict[str, type[nn.Module]] = {}
 _Model = TypeVar("_Model", bound=type[nn.Module])
@@ -31,7 +16,8 @@ _Model = TypeVar("_Model", bound=type[nn.Module])
 def register_model(name: str) -> Callable[[_Model], _Model]:
     """Class decorator under which a kind of model can be saved and loaded.
 
-    The class is built from one argument, an instance of its ``config_class``, and keeps it as ``config``.
+    The class is built from one argument, an instance of its ``config_class`` (ModelConfig, or a dataclass that extends
+    it), keeps it as ``config``, and has ``reset_parameters``.
     """
 
     def enter(model: _Model) -> _Model:

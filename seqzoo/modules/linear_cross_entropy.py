@@ -38,7 +38,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk_size: 
         chunk_size = max(128, CHUNK_LOGITS // weight.shape[0])
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if torch.is_autocast_enabled(x.device.type):
+    # as autocast itself, which leaves float64 alone
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     count = (labels != IGNORED).sum().clamp(min=1)

@@ -49,4 +49,4 @@ MLPS = {"gated": (GatedMLP, 8 / 3), "plain": (MLP, 4.0)}
 
 def hidden_units(d_model: int, ratio: float) -> int:
     """``ratio * d_model``, rounded up to a multiple of 16, on which matrix units run at full width."""
-    return -(-round(ratio * d_model) // 16) * 16
+    return -(-max(1, round(ratio * d_model)) // 16) * 16
