@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Raises glibc's thresholds, for the whole process and for good, so that large tensors reuse memory.
 
     By default every tensor above 32 MB is mapped freshly and its pages are zeroed at first touch, which costs three to
-    four times what an elementwise operation on it does: whole layers train twice as fast with the thresholds raised. The
-    price is that the process holds on to its peak of memory, so this is a training command's decision and not an
+    four times what an elementwise operation on it does: whole layers train twice as fast with the thresholds raised.
+    The price is that the process holds on to its peak of memory, so this is a training command's decision and not an
     import's.
 
     Returns:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from seqzoo.hub.files import atomic_file
@@ -21,7 +21,7 @@ FORMAT = "seqzoo-checkpoint-1"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read."""
+    """A checkpoint cannot be read, or holds what cannot be written."""
 
 
 def write_checkpoint(state: Any, path: Path) -> None:
@@ -30,17 +30,14 @@ def write_checkpoint(state: Any, path: Path) -> None:
     A file of that name is replaced once the new one is complete.
 
     Raises:
-        CheckpointError: If the disk is full or refuses, or the state holds something else; an earlier file is intact.
+        WriteError: If the disk is full or refuses; an earlier file is intact.
+        CheckpointError: If the state holds something else.
     """
     packer = _Packer()
     structure = packer.pack(state)
     metadata = {"format": FORMAT, "state": json.dumps(structure)}
-    try:
-        with atomic_file(path) as temporary:
-            save_file(packer.tensors, temporary, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        earlier = "the earlier checkpoint of that name is intact" if path.exists() else "no such file was left behind"
-        raise CheckpointError(f"{path} could not be written: {error}; {earlier}") from error
+    with atomic_file(path, "wb", what="a training checkpoint") as file:
+        file.write(save(packer.tensors, metadata))
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -56,11 +53,13 @@ def read_checkpoint(path: Path) -> Any:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dictionary
         if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is no training checkpoint: format {metadata.get('format')!r}, not {FORMAT!r}")
+            raise CheckpointError(
+                f"{path} is no training checkpoint: format {metadata.get('format')!r}, not {FORMAT!r}"
+            )
         return _unpack(json.loads(metadata["state"]), tensors)
     except (OSError, SafetensorError, ValueError, LookupError) as error:
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or damaged: {error}; expected a complete safetensors file"
+            f"{path} ({path.stat().st_size} bytes) is truncated or damaged: {error}; expected a whole safetensors file"
         ) from error
 
 
@@ -101,7 +100,9 @@ class _Packer:
             if all(isinstance(key, str) and not key.startswith("$") for key in value):
                 return {key: self.pack(item) for key, item in value.items()}
             return {"$items": [[self.pack(key), self.pack(item)] for key, item in value.items()]}
-        raise CheckpointError(f"a checkpoint holds tensors, numbers, strings, lists and dictionaries, got {type(value)}")
+        raise CheckpointError(
+            f"a checkpoint holds tensors, numbers, strings, lists and dictionaries, got {type(value)}"
+        )
 
     def _name(self, tensor: Tensor) -> str:
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())

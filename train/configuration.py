@@ -15,7 +15,11 @@ from seqzoo.mixer import nearest
 if TYPE_CHECKING:
     from importlib.abc import Traversable
 
-QUICKSTART = ("task/stdlib", "model/min_gru")
+# the configurations of the quickstart, and what each is there to name
+QUICKSTART = {
+    "task/stdlib": ("model.class_path", "data.class_path"),
+    "model/min_gru": ("model.init_args.config",),
+}
 
 
 class ConfigurationError(ValueError):
@@ -62,13 +66,17 @@ def load(name: str) -> dict[str, Any]:
     elif short in known:
         text = known[short].read_text(encoding="utf-8")
     else:
-        raise ConfigurationError(f"there is no configuration {name!r}, neither a file nor shipped; {nearest(short, known)}")
+        raise ConfigurationError(
+            f"there is no configuration {name!r}, neither a file nor shipped; {nearest(short, known)}"
+        )
     try:
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 a subclass of the safe loader
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigurationError(f"the configuration {name!r} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigurationError(f"the configuration {name!r} must be a mapping of options, got {type(values).__name__}")
+        raise ConfigurationError(
+            f"the configuration {name!r} must be a mapping of options, got {type(values).__name__}"
+        )
     return values
 
 
@@ -78,8 +86,9 @@ def combine(names: Sequence[str]) -> dict[str, Any]:
     The option ``name``, of which the run's folder is named, is by default made of the configurations' names.
     """
     loaded = [(name, load(name)) for name in names]
-    for name, section in zip(reversed(QUICKSTART), ("model", "data"), strict=True):
-        if not any(_names_model(values) if section == "model" else section in values for _, values in loaded):
+    for name, wanted in reversed(QUICKSTART.items()):
+        given = [option for _, values in loaded for option, _ in flatten(values)]
+        if not all(any(option.startswith(one) for option in given) for one in wanted):
             loaded.insert(0, (name, load(name)))
     merged: dict[str, Any] = {}
     for _, values in loaded:
@@ -89,7 +98,12 @@ def combine(names: Sequence[str]) -> dict[str, Any]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings merge entry by entry; anything else above replaces what is below."""
+    """Mappings merge entry by entry; anything else above replaces what is below.
+
+    So does the description of an object of another class, since options of one class mean nothing to another.
+    """
+    if "class_path" in below and below["class_path"] != above.get("class_path", below["class_path"]):
+        return dict(above)
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
@@ -109,8 +123,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def to_yaml(values: Mapping[str, Any]) -> str:
     """YAML text of plain data, in the given order."""
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1000)
-
-
-def _names_model(values: Mapping[str, Any]) -> bool:
-    model = values.get("model")
-    return isinstance(model, Mapping) and isinstance(model.get("init_args"), Mapping) and "config" in model["init_args"]

@@ -28,13 +28,13 @@ def check_finite(loss: Tensor, model: nn.Module, *inputs: Tensor, step: int) -> 
     if torch.isfinite(loss):
         return
     raise NonFiniteLoss(
-        f"the loss of step {step + 1} is {float(loss)}; {first_culprit(model, *inputs)}; "
+        f"the loss of step {step + 1} is {loss.item()}; {first_culprit(model, *inputs)}; "
         "a lower learning rate (--model.lr) or a longer warm-up (--model.warmup_steps) may help"
     )
 
 
 def first_culprit(model: nn.Module, *inputs: Tensor) -> str:
-    """Words for where a model's numbers cease to be finite: a parameter, else the first module by order of execution."""
+    """Words for where a model's numbers cease to be finite: a parameter, else the first module that runs."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"the parameter {name} is not finite, so the update before made it so"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from typing import cast
 
 import lightning.pytorch as lightning
 import torch
@@ -55,7 +56,11 @@ class LanguageModeling(lightning.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("lr", lr, 0.0), ("warmup_steps", warmup_steps, 0), ("sample_length", sample_length, 1)):
+        for name, value, least in (
+            ("lr", lr, 0.0),
+            ("warmup_steps", warmup_steps, 0),
+            ("sample_length", sample_length, 1),
+        ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.model = LanguageModel(config)
@@ -86,7 +91,9 @@ class LanguageModeling(lightning.LightningModule):
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-        torch.manual_seed(step_seed(self.seed, self.global_rank, step, batch_idx % self.trainer.accumulate_grad_batches))
+        torch.manual_seed(
+            step_seed(self.seed, self.global_rank, step, batch_idx % self.trainer.accumulate_grad_batches)
+        )
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The mean loss of a batch.
@@ -95,7 +102,7 @@ class LanguageModeling(lightning.LightningModule):
             NonFiniteLoss: If it is NaN or infinite; names the layer that first made it so.
         """
         ids, labels = batch[:, :-1].long(), batch[:, 1:].long()
-        loss = self.model.loss(ids, labels)
+        loss = cast("Tensor", self.model.loss(ids, labels))
         check_finite(loss, self.model, ids, step=self.trainer.global_step)
         return loss
 

@@ -6,15 +6,15 @@ import contextlib
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import lightning.pytorch as lightning
 from jsonargparse import ArgumentError, ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from seqzoo.mixer import nearest
-from seqzoo.train.configuration import ConfigurationError, combine, flatten, merge, to_yaml
+from seqzoo.train.configuration import ConfigurationError, flatten, merge, to_yaml
 
 # the sections that are built from a class, and what the class must be
 SECTIONS = {"model": lightning.LightningModule, "data": lightning.LightningDataModule}
@@ -51,7 +51,9 @@ class TrainingCLI(LightningCLI):
             flat[section] = dict(configuration[section].get("init_args") or {})
         known = known_options(self.classes)
         check_names([name for name, _ in flatten(flat)], known)
-        given = [argument.replace(".init_args.", ".") if argument.startswith("--") else argument for argument in overrides]
+        given = [
+            argument.replace(".init_args.", ".") if argument.startswith("--") else argument for argument in overrides
+        ]
         check_names([argument[2:].split("=")[0].rstrip("+") for argument in given if argument.startswith("--")], known)
         with _one_message():
             super().__init__(
@@ -63,19 +65,27 @@ class TrainingCLI(LightningCLI):
                 parser_kwargs={"exit_on_error": False},
                 run=False,
                 auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
                 args=["--config", to_yaml(flat), *given],
             )
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the options of a run."""
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the options of a run, ``--seed`` in place of the base class's ``--seed_everything``."""
         add_run_options(parser)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Gives the seed to the classes that take one."""
         for section in SECTIONS:
-            if "seed" in _options(self.classes[section], section):
-                parser.link_arguments("seed", f"{section}.seed")
+            seed = f"{section}.seed"
+            if seed in _options(self.classes[section], section):
+                parser.link_arguments("seed", seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses; the warning of the base class about ``sys.argv`` does not apply to a command with its own arguments."""
+        """Parses; what the base class warns of, arguments beside ``sys.argv``, is how a subcommand works."""
         self.config = parser.parse_args(args)
+
+    def _set_seed(self) -> None:
+        """Left to :meth:`before_instantiate_classes`."""
 
     def before_instantiate_classes(self) -> None:
         """Seeds the initialisation of the model."""
@@ -83,9 +93,9 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds module and data."""
-        self.config_init = self.parser.instantiate_classes(self.config)
-        self.model = self.config_init.model
-        self.datamodule = self.config_init.data
+        self.config_init = self.parser.instantiate(self.config)
+        self.model = self.config_init["model"]
+        self.datamodule = self.config_init["data"]
 
     def build_trainer(
         self,
@@ -96,7 +106,7 @@ class TrainingCLI(LightningCLI):
         folder: str,
     ) -> lightning.Trainer:
         """Builds the trainer, with what the configuration names behind what the command needs."""
-        own = self.config_init.trainer
+        own = self.config_init["trainer"]
         with _one_message():
             return self.instantiate_trainer(
                 logger=[*loggers, *_several(own.logger)],
@@ -107,7 +117,7 @@ class TrainingCLI(LightningCLI):
 
     def text(self) -> str:
         """The exact configuration, every default written out, as YAML that ``--config`` takes."""
-        dumped = self.parser.dump(self.config, skip_none=False, format="json")
+        dumped = self.parser.dump(self.config, skip_unset=False, format="json")
         values = json.loads(dumped)
         for section, of in self.classes.items():
             values[section] = {"class_path": class_path(of), "init_args": values.get(section, {})}
@@ -116,12 +126,14 @@ class TrainingCLI(LightningCLI):
 
 def add_run_options(parser: ArgumentParser) -> None:
     """Adds the options that belong to the run itself."""
-    parser.add_argument("--minutes", type=float, default=5.0, help="time in which to train; trainer.max_steps overrides it")
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="time in which to train; trainer.max_steps overrides it"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of initialisation, data and dropout")
     parser.add_argument("--name", type=str, default="run", help="first part of the name of the run's folder")
     parser.add_argument("--runs", type=str, default="runs", help="folder in which the run's folder is made")
     parser.add_argument("--checkpoint_minutes", type=float, default=1.0, help="time between two checkpoints")
-    parser.add_argument("--checkpoint_steps", type=Optional[int], default=None, help="steps between two, additionally")
+    parser.add_argument("--checkpoint_steps", type=int | None, default=None, help="steps between two, additionally")
 
 
 def class_path(of: type) -> str:
@@ -136,7 +148,7 @@ def known_options(classes: Mapping[str, type]) -> list[str]:
     parser.add_class_arguments(lightning.Trainer, "trainer", fail_untyped=False, instantiate=False)
     names = list(parser.get_defaults().keys())
     for section, of in classes.items():
-        names += _options(of, section)
+        names += [name for name in _options(of, section) if name != f"{section}.seed"]
     return names
 
 
@@ -144,7 +156,9 @@ def check_names(names: Iterable[str], known: Sequence[str]) -> None:
     """Raises ConfigurationError with the nearest known names unless every name is an option, or a part of one."""
     for name in names:
         if not any(name == one or name.startswith(f"{one}.") or one.startswith(f"{name}.") for one in known):
-            raise ConfigurationError(f"there is no option {name!r}; {nearest(name, known)}")
+            hint = nearest(name, known)
+            hint = hint if hint.startswith("did you mean") else "seqzoo train --help lists them"
+            raise ConfigurationError(f"there is no option {name!r}; {hint}")
 
 
 def section_help(topic: str, configuration: Mapping[str, Any]) -> str:
@@ -201,4 +215,4 @@ def _one_message() -> Iterator[None]:
     except ConfigurationError:
         raise
     except (ArgumentError, TypeError, ValueError, MisconfigurationException) as error:
-        raise ConfigurationError(str(error)) from error
+        raise ConfigurationError(" ".join(str(error).split())) from error

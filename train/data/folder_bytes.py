@@ -35,7 +35,11 @@ class FolderBytes(lightning.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("context", context), ("batch_size", batch_size), ("validation_streams", validation_streams)):
+        for name, value in (
+            ("context", context),
+            ("batch_size", batch_size),
+            ("validation_streams", validation_streams),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0.0 < validation_fraction < 1.0:

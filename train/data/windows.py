@@ -80,7 +80,7 @@ class ValidationWindows:
         return (self.window(index) for index in range(len(self)))
 
     def window(self, index: int) -> tuple[Tensor, Tensor]:
-        """Inputs and labels, int64 ``(streams, at most context)``; labels behind the end of the data are ``IGNORED``."""
+        """Inputs and labels, int64 ``(streams, at most context)``; labels behind the end are ``IGNORED``."""
         inside = torch.arange(index * self.context, min((index + 1) * self.context, self.length))
         places = self.starts[:, None] + inside
         last = self.data.shape[0] - 1

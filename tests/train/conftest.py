@@ -1,0 +1,87 @@
+"""A small corpus, tiny runs on it, and the processes that make them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DRIVER = Path(__file__).with_name("fault_driver.py")
+STEPS = 24
+TINY = """
+    --data.validation_fraction 0.25 --data.context 32 --data.batch_size 4 --data.validation_streams 4
+    --model.config.d_model 16 --model.config.n_layers 2 --model.config.dropout 0.1 --model.warmup_steps 6
+    --model.lr 0.02 --model.sample_length 40 --trainer.val_check_interval 8 --trainer.limit_val_batches 4
+    --trainer.log_every_n_steps 3 --checkpoint_steps 5
+"""
+
+
+@dataclass
+class Done:
+    """How a process ended."""
+
+    returncode: int
+    statuses: list[int] | None
+    out: str
+    err: str
+
+
+def write_corpus(folder: Path, files: int = 24, words: int = 500) -> Path:
+    """Text with structure to learn, the same every time."""
+    generator = random.Random(0)
+    known = ["def ", "return ", "self.", "x", "y", " = ", "(", ")", ":\n    ", "\n", "import ", "value", "if "]
+    for number in range(files):
+        path = folder / f"part{number % 3}" / f"file{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(generator.choice(known) for _ in range(words)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., Done]:
+    """Runs commands, ``(arguments, fault)`` each, in one new process; the fault is the first one's."""
+
+    def run(*commands: Sequence[Any], deadline: float = 180.0) -> Done:
+        data = [{"arguments": list(map(str, arguments)), "fault": fault} for arguments, fault in commands]
+        # one thread, as two pools of two spin against each other on a busy machine
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        process = subprocess.run(
+            [sys.executable, "-W", "ignore::FutureWarning", str(DRIVER), json.dumps(data)],
+            capture_output=True,
+            text=True,
+            timeout=deadline,
+            env=environment,
+            check=False,
+        )
+        last = process.stdout.strip().splitlines()[-1:] or [""]
+        statuses = json.loads(last[0]) if last[0].startswith("[") else None
+        return Done(process.returncode, statuses, process.stdout, process.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Path) -> list[str]:
+    """Options of a run of 24 steps that takes less than a second."""
+    return ["--data.folder", str(corpus), *TINY.split(), "--trainer.max_steps", str(STEPS)]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., Done], tiny: list[str]) -> tuple[Path, Done]:
+    """The folder of a run that nothing disturbed, and how its process ended."""
+    runs = tmp_path_factory.mktemp("whole")
+    done = train(([*tiny, "--runs", runs], None))
+    return next(runs.iterdir()), done

@@ -1,0 +1,88 @@
+"""Measures loss and speed, and hands them to the loggers."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning.pytorch as lightning
+from torch import Tensor
+
+
+class Metering(lightning.Callback):
+    """Sums losses, bytes and seconds of the steps; logs means over the steps since the last row.
+
+    Validation, checkpoints and the time for which a run lay still do not count as time. The sums are part of the
+    checkpoint, so a resumed run logs the rows that an uninterrupted one would have logged.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.bytes = 0
+        self.loss: float | None = None
+        self.validation_bpb: float | None = None
+        self._since: dict[str, float] = {"loss": 0.0, "batches": 0, "bytes": 0, "seconds": 0.0}
+        self._begin = 0.0
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Over the whole run."""
+        return self.bytes / self.seconds if self.seconds else 0.0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
+        """Starts the clock."""
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        """Adds the step; every ``log_every_n_steps`` updates it is a row."""
+        # reading the loss waits for the device, so it comes before the clock is read
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        seconds = time.perf_counter() - self._begin
+        size = batch[:, 1:].numel() * trainer.world_size
+        self.loss = loss
+        self.seconds += seconds
+        self.bytes += size
+        for name, value in (("loss", loss), ("batches", 1), ("bytes", size), ("seconds", seconds)):
+            self._since[name] += value
+        step = trainer.global_step
+        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+        if accumulating or (step % trainer.log_every_n_steps != 0 and step != trainer.max_steps):
+            return
+        mean = self._since["loss"] / self._since["batches"]
+        row = {
+            "train_loss": mean,
+            "train_bpb": mean / math.log(2.0),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "bytes_per_second": round(self._since["bytes"] / max(self._since["seconds"], 1e-9)),
+            "seconds": round(self.seconds, 3),
+        }
+        self._since = dict.fromkeys(self._since, 0)
+        self._log(trainer, row)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """A row with the validation's result."""
+        if "validation_bpb" not in trainer.callback_metrics or trainer.sanity_checking:
+            return
+        self.validation_bpb = float(trainer.callback_metrics["validation_bpb"])
+        self._log(trainer, {"validation_bpb": self.validation_bpb, "seconds": round(self.seconds, 3)})
+
+    def _log(self, trainer: Any, row: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(row, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "seconds": self.seconds,
+            "bytes": self.bytes,
+            "loss": self.loss,
+            "validation_bpb": self.validation_bpb,
+            "since": dict(self._since),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what a checkpoint kept."""
+        self.seconds, self.bytes = state_dict["seconds"], state_dict["bytes"]
+        self.loss, self.validation_bpb = state_dict["loss"], state_dict["validation_bpb"]
+        self._since = dict(state_dict["since"])

@@ -1,0 +1,104 @@
+"""Turns minutes into a number of steps, once, from the speed of the first steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as lightning
+from torch import Tensor
+
+from seqzoo.train.configuration import ConfigurationError
+
+SKIPPED = 3
+MEASURED = 8
+SHARE = 0.03
+REPORT_SECONDS = 6.0
+# a forward pass alone is a third of a step; validation moves more, so half is on the safe side
+FORWARD_SHARE = 0.5
+# what the measured speed may be too high by
+MARGIN = 0.97
+
+
+def plan_steps(
+    *, budget: float, elapsed: float, done: int, step: float, validation: float, every: int, final: float
+) -> int:
+    """How many steps fit into a time.
+
+    Args:
+        budget: Seconds of the whole run.
+        elapsed: Seconds that are over.
+        done: Steps that are over.
+        step: Seconds of a step.
+        validation: Seconds of a validation during training.
+        every: Steps between two of those; 0 means there are none.
+        final: Seconds of what follows training.
+
+    Returns:
+        Steps of the whole run, at least one more than are over.
+    """
+    remaining = budget * MARGIN - elapsed - final
+    each = step + (validation / every if every else 0.0)
+    return done + max(1, int(remaining / each))
+
+
+class StepsFromMinutes(lightning.Callback):
+    """Measures the first steps, skipping those that compile and warm up, then sets ``max_steps`` for good.
+
+    From then on nothing depends on the clock: the schedule and the end follow from the step alone.
+
+    Args:
+        minutes: For training with its validations, and the report.
+        warmup_steps: Of the schedule, which does not depend on the number of steps until they are over.
+        decided: Called with the number of steps, before the next step, to write it down.
+    """
+
+    def __init__(self, minutes: float, warmup_steps: int, decided: Callable[[int], None]) -> None:
+        if not minutes > 0:
+            raise ConfigurationError(f"minutes must be positive, got {minutes}")
+        if warmup_steps <= SKIPPED + 1:
+            raise ConfigurationError(
+                f"minutes are turned into steps during the warm-up: model.warmup_steps must be above {SKIPPED + 1}, "
+                f"got {warmup_steps}; or give trainer.max_steps"
+            )
+        self.budget = 60.0 * minutes
+        self.warmup_steps = warmup_steps
+        self._decided = decided
+        self._began = 0.0
+        self._measured_from = 0.0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Starts the clock."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        """Decides as soon as enough steps are measured, at the latest when the warm-up ends."""
+        if trainer.max_steps != -1 or (batch_idx + 1) % trainer.accumulate_grad_batches != 0:
+            return
+        now, step = time.perf_counter(), trainer.global_step
+        if step <= SKIPPED:
+            self._measured_from = now
+            return
+        measured = now - self._measured_from
+        enough = step >= SKIPPED + MEASURED and measured >= SHARE * self.budget
+        if enough or step >= self.warmup_steps - 1 or now - self._began > self.budget / 2:
+            steps = self._plan(trainer, batch, now - self._began, measured / (step - SKIPPED))
+            trainer.fit_loop.epoch_loop.max_steps = steps
+            self._decided(steps)
+
+    def _plan(self, trainer: Any, batch: Tensor, elapsed: float, step_seconds: float) -> int:
+        windows = trainer.datamodule.val_dataloader()
+        per_byte = FORWARD_SHARE * step_seconds / (batch[:, 1:].numel() * trainer.accumulate_grad_batches)
+        per_window = per_byte * windows.context * len(windows.starts)
+        limit = trainer.limit_val_batches
+        used = min(limit, len(windows)) if isinstance(limit, int) else int(limit * len(windows))
+        return plan_steps(
+            budget=self.budget,
+            elapsed=elapsed,
+            done=trainer.global_step,
+            step=step_seconds,
+            validation=used * per_window,
+            every=trainer.val_check_interval if isinstance(trainer.val_check_interval, int) else 0,
+            final=len(windows) * per_window + REPORT_SECONDS,
+        )

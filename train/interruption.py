@@ -1,0 +1,59 @@
+"""Ctrl-C and SIGTERM: the first asks to stop after the step, the second stops at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """Training stopped because a signal asked for it, after a checkpoint was written."""
+
+
+class Aborted(BaseException):
+    """A second signal: stop at once, whatever is lost."""
+
+
+class Interruption:
+    """Remembers that a signal came.
+
+    Args:
+        announce: Called at the first signal with a sentence for the user.
+    """
+
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self.signum: int | None = None
+        self._announce = announce
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        return self.signum is not None
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell expects of a process that a signal ended."""
+        return 128 + (self.signum or signal.SIGINT)
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.requested:
+            raise Aborted
+        self.signum = signum
+        self._announce("stopping after this step and saving; once more to stop at once")
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Handles SIGINT and SIGTERM while inside; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {signum: signal.signal(signum, self.handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)

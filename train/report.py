@@ -1,0 +1,132 @@
+"""What a run leaves at its end: the model, its score beside the baselines, a sample, a picture."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from seqzoo.hub import save_pretrained
+from seqzoo.hub.files import atomic_file
+from seqzoo.models.generation import generate
+from seqzoo.train.baselines import OrderTwoModel, compressed_bits_per_byte
+from seqzoo.train.callbacks.progress import quantity
+from seqzoo.train.checkpoints import read_checkpoint
+from seqzoo.train.curves import draw_curves
+from seqzoo.train.data import FolderBytes
+from seqzoo.train.metrics_table import read_metrics
+from seqzoo.train.modules import LanguageModeling
+from seqzoo.train.run_folder import RunFolder
+
+Facts = dict[str, Any]
+
+
+def finish(run: RunFolder, module: LanguageModeling, data: FolderBytes, facts: Facts, console: Console) -> Facts:
+    """Judges a trained model on all validation bytes and leaves everything in the folder of the run.
+
+    Args:
+        run: The folder.
+        module: With the weights of the last step; afterwards with those that were saved.
+        data: The bytes.
+        facts: What is known of the run already: ``steps``, ``seconds``, ``bytes``, ``bytes_per_second``, ``best_step``,
+            ``validated_step``.
+        console: For the report.
+
+    Returns:
+        What ``report.json`` holds.
+    """
+    started = time.perf_counter()
+    step, score = _choose_weights(run, module, data, facts)
+    save_pretrained(module.model, run.model)
+    baselines = measure_baselines(data)
+    text = sample(module)
+    run.write_text(run.sample, text)
+    draw(run, baselines, (step, score))
+    report = {
+        "validation_bits_per_byte": score,
+        "baselines_bits_per_byte": baselines,
+        "model_of_step": step,
+        "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
+        **facts,
+        "report_seconds": round(time.perf_counter() - started, 3),
+        "finished": True,
+    }
+    run.write_json(run.report, report)
+    show(report, text, data, console)
+    return report
+
+
+def save_interrupted(run: RunFolder, module: LanguageModeling) -> None:
+    """Leaves the weights of the last step as a model."""
+    save_pretrained(module.model, run.model)
+
+
+def measure_baselines(data: FolderBytes) -> dict[str, float]:
+    """Bits per byte of the validation bytes without a neural network, the best first."""
+    training, validation = data.training_bytes, data.validation_bytes
+    if training is None or validation is None:
+        raise RuntimeError("the data is read by setup(), which was not called")
+    values = compressed_bits_per_byte(validation.tobytes())
+    values["order-2 model"] = OrderTwoModel(training).bits_per_byte(validation)
+    values["uniform"] = 8.0
+    return dict(sorted(values.items(), key=lambda item: item[1]))
+
+
+def sample(module: LanguageModeling) -> str:
+    """A continuation of the module's prompt, the prompt included."""
+    prompt = module.sample_prompt.encode() or b"\n"
+    ids = torch.tensor([list(prompt)], device=module.device)
+    new = generate(module.model, ids, module.sample_length, temperature=module.sample_temperature, seed=module.seed)
+    return (prompt + bytes(new[0].tolist())).decode("utf-8", errors="replace") + "\n"
+
+
+def draw(run: RunFolder, baselines: dict[str, float], final: tuple[int, float] | None) -> None:
+    """Draws the curves so far."""
+    lines = {name: value for name, value in baselines.items() if name != "uniform"}
+    picture = draw_curves(read_metrics(run.metrics), lines, final, run.path.name)
+    with atomic_file(run.curves, "wb", what="the picture of the curves") as file:
+        file.write(picture)
+
+
+def show(report: Facts, text: str, data: FolderBytes, console: Console) -> None:
+    """Prints a report, the sample first, so that the numbers are what one sees last."""
+    console.rule("sample")
+    console.print(Text(text.rstrip()))
+    console.rule("validation")
+    score = report["validation_bits_per_byte"]
+    table = Table("", "bits per byte", "against the model")
+    table.add_row("this model", f"{score:.3f}", "", style="bold")
+    for name, value in report["baselines_bits_per_byte"].items():
+        table.add_row(name, f"{value:.3f}", f"{100.0 * (value / score - 1.0):+.1f} %")
+    console.print(table)
+    sizes = data.description()
+    console.print(
+        f"Model and order-2 model were fitted on {quantity(float(sizes['training_bytes']))}B of "
+        f"{sizes['training_files']} files; the compressors saw the {quantity(float(sizes['validation_bytes']))}B of "
+        f"the {sizes['validation_files']} validation files alone, in one piece.",
+        highlight=False,
+    )
+    console.print(
+        f"{report['parameters'] / 1e6:.2f} M parameters, {report['steps']} steps in {report['seconds'] / 60:.1f} min, "
+        f"{quantity(report['bytes_per_second'])}B/s; weights of step {report['model_of_step']}",
+        highlight=False,
+    )
+
+
+def _choose_weights(run: RunFolder, module: LanguageModeling, data: FolderBytes, facts: Facts) -> tuple[int, float]:
+    """Puts the better of the last and the best weights into the module; returns their step and score."""
+    windows = data.val_dataloader()
+    step, score = facts["steps"], module.bits_per_token(windows)
+    if facts["best_step"] == facts["validated_step"] or not run.best.is_file():
+        return step, score
+    last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    module.load_state_dict(read_checkpoint(run.best)["state_dict"])
+    best = module.bits_per_token(windows)
+    if best < score:
+        return facts["best_step"], best
+    module.load_state_dict(last)
+    return step, score

@@ -1,0 +1,194 @@
+"""One run of training, from the first line on the screen to the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.accelerators.cpu import CPUAccelerator
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
+
+from seqzoo.train import environment, report
+from seqzoo.train.allocator import keep_freed_memory
+from seqzoo.train.baselines import BYTES
+from seqzoo.train.callbacks import Checkpointing, Metering, ProgressDisplay, StepsFromMinutes
+from seqzoo.train.callbacks.progress import quantity
+from seqzoo.train.checkpoints import CheckpointError, SafetensorsIO, read_checkpoint
+from seqzoo.train.configuration import ConfigurationError
+from seqzoo.train.finite import NonFiniteLoss
+from seqzoo.train.interruption import Aborted, Interrupted, Interruption
+from seqzoo.train.metrics_table import MetricsTable
+from seqzoo.train.options import TrainingCLI
+from seqzoo.train.run_folder import RunFolder, reason
+
+FAILED = 1
+
+
+class Training:
+    """Assembles trainer and callbacks around what the configuration built, and runs them.
+
+    Args:
+        cli: Module, data and configuration.
+        run: The folder.
+        console: For everything that is shown.
+        checkpoint: From which to go on; None begins at step 0.
+
+    Raises:
+        ConfigurationError: If the trainer cannot be built.
+    """
+
+    def __init__(self, cli: TrainingCLI, run: RunFolder, console: Console, checkpoint: Path | None = None) -> None:
+        self.cli = cli
+        self.run = run
+        self.console = console
+        self.checkpoint = checkpoint
+        self.state: dict[str, Any] = {} if checkpoint is None else read_checkpoint(checkpoint)
+        self.step = self.state.get("global_step", 0)
+        self.interruption = Interruption(lambda words: console.print(words, style="bold"))
+        config = cli.config
+        self.meter = Metering()
+        self.saver = Checkpointing(run, config.checkpoint_minutes, config.checkpoint_steps, self.interruption)
+        callbacks = [self.meter, self.saver, ProgressDisplay(console, self.meter)]
+        if config.trainer.max_steps == -1:
+            # before the saver: a checkpoint belongs to a number of steps that is written down
+            callbacks.insert(1, StepsFromMinutes(config.minutes, cli.model.warmup_steps, self._decided))
+        self.trainer = cli.build_trainer(
+            loggers=[
+                MetricsTable(run.metrics, keep=self.step),
+                TensorBoardLogger(run.path, name="tensorboard", version="", purge_step=self.step + 1),
+            ],
+            callbacks=callbacks,
+            plugins=[SafetensorsIO()],
+            folder=str(run.path),
+        )
+        if self.trainer.world_size != 1:
+            raise ConfigurationError(
+                f"the training command runs one process, trainer.devices and trainer.num_nodes ask for "
+                f"{self.trainer.world_size}"
+            )
+
+    def run_all(self, arguments: Sequence[str] = ()) -> int:
+        """Trains and reports; returns the exit status."""
+        self._record(arguments)
+        self._introduce()
+        try:
+            if not self._trained():
+                self._fit()
+            else:
+                self._restore()
+        except (Interrupted, SIGTERMException):
+            report.save_interrupted(self.run, self.cli.model)
+            self._part(f"stopped after step {self.saver.saved_step}; the model so far is in {self.run.model}")
+            return self.interruption.exit_status
+        except Aborted:
+            self._part("stopped at once")
+            return self.interruption.exit_status
+        except (NonFiniteLoss, CheckpointError, OSError) as error:
+            self._part(f"seqzoo train: {reason(error)}")
+            return FAILED
+        except BaseException:
+            self._part("training failed")
+            raise
+        self._report()
+        return 0
+
+    def _decided(self, steps: int) -> None:
+        self.cli.config.trainer.max_steps = steps
+        self.run.write_text(self.run.configuration, self.cli.text())
+        speed = quantity(self.meter.bytes_per_second)
+        self._say(f"{speed}B/s: {steps} steps fit into {self.cli.config.minutes:g} minutes")
+
+    def _record(self, arguments: Sequence[str]) -> None:
+        keeps_memory = isinstance(self.trainer.accelerator, CPUAccelerator) and keep_freed_memory()
+        now = environment.describe(
+            arguments=arguments,
+            device=str(self.trainer.strategy.root_device),
+            data=self.cli.datamodule.description(),
+            keeps_memory=keeps_memory,
+        )
+        before = self.run.read_json(self.run.environment)
+        if before is None:
+            self.run.write_json(self.run.environment, now)
+            self.run.write_text(self.run.configuration, self.cli.text())
+            return
+        for difference in environment.differences(before, now):
+            self.console.print(f"the bits may differ from an uninterrupted run: {difference}", style="yellow")
+
+    def _introduce(self) -> None:
+        data = self.cli.datamodule.description()
+        config = self.cli.model.model.config
+        parameters = sum(parameter.numel() for parameter in self.cli.model.parameters())
+        pattern = config.pattern if isinstance(config.pattern, str) else ", ".join(map(str, config.pattern))
+        self._say(f"run    {self.run.path}" + (f"  (from step {self.step})" if self.checkpoint else ""))
+        self._say(
+            f"data   {data['folder']}: {quantity(float(data['training_bytes']))}B of {data['training_files']} files to "
+            f"train on, {quantity(float(data['validation_bytes']))}B of {data['validation_files']} to validate"
+        )
+        self._say(
+            f"model  {config.n_layers} layers of {pattern}, width {config.d_model}, {parameters / 1e6:.2f} M "
+            f"parameters on {self.trainer.strategy.root_device}"
+        )
+
+    def _trained(self) -> bool:
+        return 0 < self.trainer.max_steps <= self.step
+
+    def _fit(self) -> None:
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+        self.state = {}
+        with self.interruption.listen():
+            self.trainer.fit(self.cli.model, datamodule=self.cli.datamodule, ckpt_path=checkpoint)
+        self.step = self.trainer.global_step
+        # the trainer hands the module back on the CPU
+        self.cli.model.to(self.trainer.strategy.root_device)
+
+    def _restore(self) -> None:
+        """What training would leave behind, of a run that was stopped between its last step and its report."""
+        self.cli.model.load_state_dict(self.state["state_dict"])
+        for callback in (self.meter, self.saver):
+            callback.load_state_dict(self.state["callbacks"][callback.state_key])
+
+    def _report(self) -> None:
+        facts = {
+            "steps": self.step,
+            "seconds": round(self.meter.seconds, 3),
+            "bytes": self.meter.bytes,
+            "bytes_per_second": round(self.meter.bytes_per_second),
+            "best_step": self.saver.best_step,
+            "validated_step": self.saver.validated_step,
+        }
+        report.finish(self.run, self.cli.model, self.cli.datamodule, facts, self.console)
+        self._say(f"run    {self.run.path}")
+        self._say(f"       seqzoo generate --checkpoint {self.run.path} continues a prompt")
+
+    def _say(self, words: str) -> None:
+        self.console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+    def _part(self, words: str) -> None:
+        """What is said when training ends before its last step."""
+        self._say(words)
+        self._say(f"run    {self.run.path}")
+        if self.run.last.is_file():
+            self._say(f"       last checkpoint: step {self.saver.saved_step}; go on: {self.run.resume_command()}")
+
+
+def check_data(cli: TrainingCLI) -> None:
+    """Reads the data, and checks that the model fits it.
+
+    Raises:
+        ConfigurationError: If there is none, or it does not fit.
+    """
+    try:
+        cli.datamodule.setup()
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(str(error)) from error
+    config = cli.model.model.config
+    if config.vocab_size < BYTES:
+        raise ConfigurationError(f"bytes need model.config.vocab_size of at least {BYTES}, got {config.vocab_size}")
+    if config.max_positions is not None and config.max_positions < cli.datamodule.context:
+        raise ConfigurationError(
+            f"model.config.max_positions must be at least data.context, {cli.datamodule.context}, got "
+            f"{config.max_positions}"
+        )
