@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from seqzoo.train.configuration import QUICKSTART, ConfigurationError, shipped
+from seqzoo.train.configuration import QUICKSTART, ConfigurationError, combine, shipped
 
 HELP = """\
 seqzoo train: train a model in a folder of its own; without arguments the quickstart, {minutes} minutes on a CPU
@@ -102,4 +102,4 @@ class Request:
 
 def short_help() -> str:
     """The text of ``seqzoo train --help``."""
-    return HELP.format(minutes=5, shipped=", ".join(shipped()), quickstart=" ".join(QUICKSTART))
+    return HELP.format(minutes=combine([])["minutes"], shipped=", ".join(shipped()), quickstart=" ".join(QUICKSTART))

@@ -14,6 +14,7 @@ from rich.console import Console
 from seqzoo.train.arguments import Request, short_help
 from seqzoo.train.checkpoints import CheckpointError, read_checkpoint
 from seqzoo.train.configuration import ConfigurationError, combine
+from seqzoo.train.finite import NonFiniteLoss
 from seqzoo.train.options import TrainingCLI, section_help
 from seqzoo.train.run_folder import RunFolder, RunFolderError, reason
 from seqzoo.train.training import Training, check_data
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
             return start(request, console) if request.resume is None else resume(Path(request.resume), console)
     except ConfigurationError as error:
         status, message = USAGE_ERROR, str(error)
-    except (CheckpointError, RunFolderError, OSError) as error:
+    except (CheckpointError, NonFiniteLoss, RunFolderError, OSError) as error:
         status, message = FAILED, reason(error)
     except KeyboardInterrupt:
         status, message = 130, "stopped"
@@ -51,7 +52,7 @@ def start(request: Request, console: Console) -> int:
     with run.lock():
         try:
             training = Training(cli, run, console)
-        except ConfigurationError:
+        except (ConfigurationError, RunFolderError):
             run.discard()
             raise
         return training.run_all(request.arguments)
@@ -75,6 +76,8 @@ def resume(path: Path, console: Console) -> int:
         check_data(cli)
         _check_same_data(run, cli.datamodule.description())
         checkpoint = _readable(run, path if path.is_file() else run.last)
+        if checkpoint is None:
+            console.print(f"{run.path} has no checkpoint yet: beginning at step 0", highlight=False, soft_wrap=True)
         return Training(cli, run, console, checkpoint).run_all()
 
 

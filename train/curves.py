@@ -52,13 +52,14 @@ def _points(rows: Rows, column: str) -> list[tuple[float, float]]:
     return [(step, value) for step, value in points if step is not None and value is not None]
 
 
-def _smooth(points: Sequence[tuple[float, float]], keep: float = 0.9) -> list[tuple[float, float]]:
-    """An exponential average that starts unbiased."""
-    smooth, total, weight = [], 0.0, 0.0
-    for step, value in points:
-        total = keep * total + (1.0 - keep) * value
-        weight = keep * weight + (1.0 - keep)
-        smooth.append((step, total / weight))
+def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The mean around each point, over a twentieth of the curve; narrower towards the ends, so that it does not lag."""
+    width = len(points) // 40
+    smooth = []
+    for index, (step, _) in enumerate(points):
+        reach = min(width, index, len(points) - 1 - index)
+        near = [value for _, value in points[index - reach : index + reach + 1]]
+        smooth.append((step, sum(near) / len(near)))
     return smooth
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 
 
@@ -18,15 +19,10 @@ class Aborted(BaseException):
 
 
 class Interruption:
-    """Remembers that a signal came.
+    """Remembers that a signal came."""
 
-    Args:
-        announce: Called at the first signal with a sentence for the user.
-    """
-
-    def __init__(self, announce: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.signum: int | None = None
-        self._announce = announce
 
     @property
     def requested(self) -> bool:
@@ -43,7 +39,8 @@ class Interruption:
         if self.requested:
             raise Aborted
         self.signum = signum
-        self._announce("stopping after this step and saving; once more to stop at once")
+        # past the buffered streams, which a handler may have interrupted in the middle of a write
+        os.write(2, b"\nstopping after this step and saving; once more to stop at once\n")
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 
-from seqzoo.hub.files import atomic_file
+from seqzoo.hub.files import WriteError, atomic_file
 
 COLUMNS = ("step", "train_loss", "train_bpb", "validation_bpb", "lr", "bytes_per_second", "seconds")
 
@@ -53,8 +53,11 @@ class MetricsTable(Logger):
         if not values or step is None:
             return
         row = {"step": str(step), **values}
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(row.get(name, "") for name in COLUMNS)
+        try:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(row.get(name, "") for name in COLUMNS)
+        except OSError as error:
+            raise WriteError(error.errno, f"could not add a row to {self.path}: {error.strerror}") from error
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:

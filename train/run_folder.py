@@ -120,6 +120,15 @@ class RunFolder:
         except ValueError as error:
             raise RunFolderError(f"{path} is damaged: {error}") from error
 
+    def check_space(self, needed: int) -> None:
+        """Raises RunFolderError unless the disk has ``needed`` free bytes."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise RunFolderError(
+                f"the disk of {self.path} has {free / 1e6:.1f} MB free; checkpoints and model will need about "
+                f"{needed / 1e6:.1f} MB"
+            )
+
     def sweep(self) -> None:
         """Removes what a killed process was writing."""
         for leftover in [*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:

@@ -16,15 +16,15 @@ from seqzoo.train.allocator import keep_freed_memory
 from seqzoo.train.baselines import BYTES
 from seqzoo.train.callbacks import Checkpointing, Metering, ProgressDisplay, StepsFromMinutes
 from seqzoo.train.callbacks.progress import quantity
-from seqzoo.train.checkpoints import CheckpointError, SafetensorsIO, read_checkpoint
+from seqzoo.train.checkpoints import SafetensorsIO, read_checkpoint
 from seqzoo.train.configuration import ConfigurationError
-from seqzoo.train.finite import NonFiniteLoss
 from seqzoo.train.interruption import Aborted, Interrupted, Interruption
 from seqzoo.train.metrics_table import MetricsTable
 from seqzoo.train.options import TrainingCLI
-from seqzoo.train.run_folder import RunFolder, reason
+from seqzoo.train.run_folder import RunFolder
 
-FAILED = 1
+# weights and two averages in each of last, best and the one being written; weights in the model and its predecessor
+COPIES = 11
 
 
 class Training:
@@ -38,16 +38,20 @@ class Training:
 
     Raises:
         ConfigurationError: If the trainer cannot be built.
+        RunFolderError: If the disk is too full for checkpoints.
     """
 
     def __init__(self, cli: TrainingCLI, run: RunFolder, console: Console, checkpoint: Path | None = None) -> None:
+        if checkpoint is None:
+            weights = sum(parameter.numel() * parameter.element_size() for parameter in cli.model.parameters())
+            run.check_space(COPIES * weights)
         self.cli = cli
         self.run = run
         self.console = console
         self.checkpoint = checkpoint
         self.state: dict[str, Any] = {} if checkpoint is None else read_checkpoint(checkpoint)
         self.step = self.state.get("global_step", 0)
-        self.interruption = Interruption(lambda words: console.print(words, style="bold"))
+        self.interruption = Interruption()
         config = cli.config
         self.meter = Metering()
         self.saver = Checkpointing(run, config.checkpoint_minutes, config.checkpoint_steps, self.interruption)
@@ -71,7 +75,11 @@ class Training:
             )
 
     def run_all(self, arguments: Sequence[str] = ()) -> int:
-        """Trains and reports; returns the exit status."""
+        """Trains and reports; returns the exit status.
+
+        Raises:
+            Exception: What made training fail, after the run's folder and last checkpoint were printed.
+        """
         self._record(arguments)
         self._introduce()
         try:
@@ -79,6 +87,7 @@ class Training:
                 self._fit()
             else:
                 self._restore()
+            self._report()
         except (Interrupted, SIGTERMException):
             report.save_interrupted(self.run, self.cli.model)
             self._part(f"stopped after step {self.saver.saved_step}; the model so far is in {self.run.model}")
@@ -86,19 +95,15 @@ class Training:
         except Aborted:
             self._part("stopped at once")
             return self.interruption.exit_status
-        except (NonFiniteLoss, CheckpointError, OSError) as error:
-            self._part(f"seqzoo train: {reason(error)}")
-            return FAILED
         except BaseException:
-            self._part("training failed")
+            self._part("not finished")
             raise
-        self._report()
         return 0
 
     def _decided(self, steps: int) -> None:
         self.cli.config.trainer.max_steps = steps
         self.run.write_text(self.run.configuration, self.cli.text())
-        speed = quantity(self.meter.bytes_per_second)
+        speed = quantity(self.meter.recent_bytes_per_second)
         self._say(f"{speed}B/s: {steps} steps fit into {self.cli.config.minutes:g} minutes")
 
     def _record(self, arguments: Sequence[str]) -> None:
@@ -111,8 +116,8 @@ class Training:
         )
         before = self.run.read_json(self.run.environment)
         if before is None:
-            self.run.write_json(self.run.environment, now)
             self.run.write_text(self.run.configuration, self.cli.text())
+            self.run.write_json(self.run.environment, now)
             return
         for difference in environment.differences(before, now):
             self.console.print(f"the bits may differ from an uninterrupted run: {difference}", style="yellow")

@@ -1,8 +1,8 @@
 """Runs ``seqzoo train`` commands one after the other in a process of its own, with a fault injected into the first.
 
 Usage: python fault_driver.py JSON, a list of ``{"arguments": [...], "fault": null or {...}}``. The last line of its
-output is a JSON list of the exit statuses. Faults: ``{"at": NAME, "step": N, "does": "kill" | "interrupt" | "full" |
-"nan"}``, where NAME is the place: ``step``, ``validation``, ``save``, ``start``, ``report``.
+output is a JSON list of the exit statuses. Faults: ``{"at": NAME, "step": N, "does": "kill" | "interrupt" | "abort" |
+"full" | "nan"}``, where NAME is the place: ``step``, ``validation``, ``save``, ``start``, ``report``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ def strike(does: str) -> None:
     if does == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif does == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    elif does == "abort":
+        os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
     else:
         raise ValueError(does)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
 
+from seqzoo.train import run_folder
 from seqzoo.train.arguments import Request
 from seqzoo.train.command import main
 from seqzoo.train.configuration import ConfigurationError, combine, flatten, load, merge, shipped
@@ -115,6 +118,13 @@ def test_wrong_input_is_one_message(arguments, words, capsys, tmp_path):
     assert message.startswith("seqzoo train: ")
     assert "Traceback" not in message
     assert not list(tmp_path.iterdir()), "a run that never began leaves nothing"
+
+
+def test_a_disk_that_is_too_small_is_said_before_training(tmp_path, corpus, capsys, monkeypatch):
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
+    assert main([*SMALL, "--data.folder", str(corpus), "--runs", str(tmp_path)]) == 1
+    assert "MB free; checkpoints and model will need about" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -144,15 +144,14 @@ def test_what_is_no_run_folder_is_said(tmp_path):
         run.read_json(run.report)
 
 
-def test_the_first_signal_asks_and_the_second_aborts():
-    said = []
-    interruption = Interruption(said.append)
+def test_the_first_signal_asks_and_the_second_aborts(capfd):
+    interruption = Interruption()
     before = signal.getsignal(signal.SIGINT)
     with interruption.listen():
         assert not interruption.requested
         signal.raise_signal(signal.SIGINT)
         assert interruption.requested
-        assert len(said) == 1
+        assert "once more" in capfd.readouterr().err
         with pytest.raises(Aborted):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

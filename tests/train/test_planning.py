@@ -22,8 +22,9 @@ def test_steps_fill_the_time():
     assert plan_steps(budget=1, elapsed=5, done=7, step=0.25, validation=2.0, every=0, final=8.0) == 8
 
 
-def test_the_callback_decides_once_from_the_steps_after_the_first(monkeypatch):
-    now = [0.0]
+@pytest.mark.parametrize("first", [0, 20])
+def test_the_callback_decides_once_from_the_steps_after_the_first(first, monkeypatch):
+    now = [1000.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     decided = []
     callback = StepsFromMinutes(1.0, 50, decided.append)
@@ -31,7 +32,7 @@ def test_the_callback_decides_once_from_the_steps_after_the_first(monkeypatch):
     windows = type("Windows", (), {"context": 32, "starts": range(4), "__len__": lambda self: 10})()
     trainer = SimpleNamespace(
         max_steps=-1,
-        global_step=0,
+        global_step=first,
         accumulate_grad_batches=1,
         limit_val_batches=4,
         val_check_interval=100,
@@ -43,11 +44,11 @@ def test_the_callback_decides_once_from_the_steps_after_the_first(monkeypatch):
     while not decided:
         trainer.global_step += 1
         # the first steps compile; they must not count
-        now[0] += 2.0 if trainer.global_step <= SKIPPED else 0.2
+        now[0] += 2.0 if trainer.global_step - first <= SKIPPED else 0.2
         callback.on_train_batch_end(trainer, None, None, batch, trainer.global_step - 1)
-    assert trainer.global_step == SKIPPED + 9, "8 steps are too short a time, 9 are 3 % of the minute"
+    assert trainer.global_step == first + SKIPPED + 9, "8 steps are too short a time, 9 are 3 % of the minute"
     assert loop.max_steps == decided[0]
-    remaining = 60 * MARGIN - now[0] - REPORT_SECONDS
+    remaining = 60 * MARGIN - (now[0] - 1000.0) - REPORT_SECONDS
     assert decided[0] == pytest.approx(trainer.global_step + remaining / 0.2, rel=0.03)
     trainer.max_steps = decided[0]
     callback.on_train_batch_end(trainer, None, None, batch, 60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -24,11 +25,17 @@ class Metering(lightning.Callback):
         self.validation_bpb: float | None = None
         self._since: dict[str, float] = {"loss": 0.0, "batches": 0, "bytes": 0, "seconds": 0.0}
         self._begin = 0.0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=50)
 
     @property
     def bytes_per_second(self) -> float:
         """Over the whole run."""
         return self.bytes / self.seconds if self.seconds else 0.0
+
+    @property
+    def recent_bytes_per_second(self) -> float:
+        """Over the last steps, which the compilation in the first ones soon leaves."""
+        return sum(size for size, _ in self._recent) / max(sum(seconds for _, seconds in self._recent), 1e-9)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
         """Starts the clock."""
@@ -43,6 +50,7 @@ class Metering(lightning.Callback):
         self.loss = loss
         self.seconds += seconds
         self.bytes += size
+        self._recent.append((size, seconds))
         for name, value in (("loss", loss), ("batches", 1), ("bytes", size), ("seconds", seconds)):
             self._since[name] += value
         step = trainer.global_step

@@ -66,24 +66,27 @@ class StepsFromMinutes(lightning.Callback):
         self.warmup_steps = warmup_steps
         self._decided = decided
         self._began = 0.0
+        self._first = 0
         self._measured_from = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts the clock."""
+        """Starts the clock; a run that was killed before the decision measures again."""
         self._began = time.perf_counter()
+        self._first = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         """Decides as soon as enough steps are measured, at the latest when the warm-up ends."""
         if trainer.max_steps != -1 or (batch_idx + 1) % trainer.accumulate_grad_batches != 0:
             return
         now, step = time.perf_counter(), trainer.global_step
-        if step <= SKIPPED:
+        steps_here = step - self._first
+        if steps_here <= SKIPPED:
             self._measured_from = now
             return
         measured = now - self._measured_from
-        enough = step >= SKIPPED + MEASURED and measured >= SHARE * self.budget
+        enough = steps_here >= SKIPPED + MEASURED and measured >= SHARE * self.budget
         if enough or step >= self.warmup_steps - 1 or now - self._began > self.budget / 2:
-            steps = self._plan(trainer, batch, now - self._began, measured / (step - SKIPPED))
+            steps = self._plan(trainer, batch, now - self._began, measured / (steps_here - SKIPPED))
             trainer.fit_loop.epoch_loop.max_steps = steps
             self._decided(steps)
 

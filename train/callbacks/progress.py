@@ -88,7 +88,7 @@ class ProgressDisplay(lightning.Callback):
         words = [f"loss {self._average:.3f} ({self._average / math.log(2.0):.3f} bpb)"] if self._average else []
         if self._meter.validation_bpb is not None:
             words.append(f"val {self._meter.validation_bpb:.3f}")
-        words.append(f"{quantity(self._meter.bytes_per_second)}B/s")
+        words.append(f"{quantity(self._meter.recent_bytes_per_second)}B/s")
         done = step - self._first[0]
         if total is None:
             words.append("measuring the speed")
