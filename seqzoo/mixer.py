@@ -51,8 +51,8 @@ class Mixed(NamedTuple):
 class SequenceMixer(nn.Module):
     """Maps a sequence ``(B, T, D)`` to a sequence ``(B, T, D)``.
 
-    A mixer defines :meth:`mix` and :meth:`state_spec`, and :meth:`reset_parameters` for its initialisation. The rest
-    follows: :meth:`forward` checks its arguments and runs packed sequences, natively where ``packs`` says so and else
+    A mixer defines :meth:`mix` and :meth:`state_spec`, and :meth:`reset_parameters`, with which its constructor ends. A
+    linear layer that ends it is called ``out_proj``, so that a deep model can scale it. The rest follows: :meth:`forward` checks its arguments and runs packed sequences, natively where ``packs`` says so and else
     one after the other; :meth:`step` decodes.
 
     Attributes:

@@ -146,9 +146,10 @@ pytree.register_dataclass(Packing)
 
 def assert_values(cu_seqlens: Tensor, total: int) -> None:
     """The checks of :func:`check_values` as device-side assertions, which do not synchronise."""
-    torch._assert_async(cu_seqlens[0] == 0, "cu_seqlens must start at 0")
-    torch._assert_async((cu_seqlens.diff() >= 0).all(), "cu_seqlens must not descend")
-    torch._assert_async(cu_seqlens[-1] == total, "cu_seqlens must end at the number of tokens")
+    check = torch.ops.aten._assert_async.msg
+    check(cu_seqlens[0] == 0, "cu_seqlens must start at 0")
+    check((cu_seqlens.diff() >= 0).all(), "cu_seqlens must not descend")
+    check(cu_seqlens[-1] == total, "cu_seqlens must end at the number of tokens")
 
 
 def boundaries(cu_seqlens: Tensor | Packing | None, batch: int, total: int, device: torch.device) -> Tensor | None:

@@ -59,7 +59,7 @@ class Bidirectional(SequenceMixer):
         turned = self._one(self.mixer_reverse, _reverse(x, packing), packing)
         backward = _reverse(turned.y, packing)
         losses = [loss for loss in (forward.auxiliary, turned.auxiliary) if loss is not None]
-        return Mixed(self._merge(forward.y, backward), None, sum(losses) if losses else None)
+        return Mixed(self._merge(forward.y, backward), None, torch.stack(losses).sum() if losses else None)
 
     @staticmethod
     def _one(mixer: SequenceMixer, x: Tensor, packing: Packing | None) -> Mixed:

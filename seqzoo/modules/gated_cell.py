@@ -44,6 +44,7 @@ class GatedCell(SequenceMixer):
         self.gate_range = (lo, hi)
         self.in_proj = nn.Linear(d_model, CELLS[self.cell] * width, bias=bias)
         self.out_proj = nn.Linear(width, d_model, bias=bias) if project else nn.Identity()
+        self.reset_parameters()
 
     def mix(self, x: torch.Tensor, state: State | None, packing: Packing | None, return_state: bool) -> Mixed:
         """Projects, scans, projects."""

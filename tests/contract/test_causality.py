@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seqzoo.testing import LENGTHS, Subject, boundaries, inputs
+from seqzoo.testing import FEW_LENGTHS, Subject, boundaries, inputs
 
 
 @pytest.mark.parametrize("at", [1, 7, 64, 69])
@@ -24,7 +24,7 @@ def test_the_future_leaves_the_past_as_it_was(subject: Subject, dtype, device, a
 
 def test_a_packed_sequence_leaves_the_others_as_they_were(subject: Subject, dtype, device):
     mixer = subject.make(dtype, device)
-    bounds = boundaries(LENGTHS)
+    bounds = boundaries(FEW_LENGTHS)
     x = inputs((1, int(bounds[-1]), 16), dtype, device)
     changed = x.clone()
     start, end = bounds[2], bounds[3]  # the long one

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from seqzoo import Packing
-from seqzoo.testing import LENGTHS, Subject, boundaries, inputs, parameters_of, random_state
+from seqzoo.testing import FEW_LENGTHS, Subject, boundaries, inputs, parameters_of, random_state
 
-TOTAL, ROWS = sum(LENGTHS), len(LENGTHS)
+TOTAL, ROWS = sum(FEW_LENGTHS), len(FEW_LENGTHS)
 
 
 def gradients(loss: torch.Tensor, sources: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -25,7 +25,7 @@ def packed(mixer, x, state, cu_seqlens):
 
 def separate(mixer, x, state, cu_seqlens):
     outputs, states = [], []
-    for index, (start, end) in enumerate(itertools.pairwise(boundaries(LENGTHS).tolist())):
+    for index, (start, end) in enumerate(itertools.pairwise(boundaries(FEW_LENGTHS).tolist())):
         one = None if state is None else {key: value[index : index + 1] for key, value in state.items()}
         y, final = mixer(x[:, start:end], one, return_state="state" not in mixer.limits)
         outputs.append(y)
@@ -46,7 +46,7 @@ def test_packed_is_separate(subject: Subject, dtype, device, given, one_by_one):
     leaves = {} if state is None else {k: v.requires_grad_() for k, v in state.items() if v.is_floating_point()}
     results = []
     for way in (packed, separate):
-        y, final = way(mixer, x, state, boundaries(LENGTHS).to(device))
+        y, final = way(mixer, x, state, boundaries(FEW_LENGTHS).to(device))
         loss = (y * inputs(tuple(y.shape), dtype, device, 5)).sum()
         for _key, value in final.items():
             if value.is_floating_point():
@@ -65,8 +65,8 @@ def test_an_empty_sequence_returns_the_state_it_was_given(subject: Subject, dtyp
         pytest.skip("test_limits asserts the error")
     x = inputs((1, TOTAL, 16), dtype, device)
     state = random_state(mixer, ROWS, x)
-    _, final = mixer(x, state, cu_seqlens=boundaries(LENGTHS).to(device), return_state=True)
-    for row, length in enumerate(LENGTHS):
+    _, final = mixer(x, state, cu_seqlens=boundaries(FEW_LENGTHS).to(device), return_state=True)
+    for row, length in enumerate(FEW_LENGTHS):
         for key in state:
             assert torch.equal(state[key][row], final[key][row]) == (length == 0)
 
@@ -74,10 +74,10 @@ def test_an_empty_sequence_returns_the_state_it_was_given(subject: Subject, dtyp
 def test_a_packing_and_its_tensor_give_the_same_bits(subject: Subject, dtype, device):
     mixer = subject.make(dtype, device)
     x = inputs((1, TOTAL, 16), dtype, device)
-    bare, _ = mixer(x, cu_seqlens=boundaries(LENGTHS).to(device))
+    bare, _ = mixer(x, cu_seqlens=boundaries(FEW_LENGTHS).to(device))
     for packing in (
-        Packing.from_lengths(LENGTHS, device=device),
-        Packing.from_cu_seqlens(boundaries(LENGTHS).to(device), TOTAL),
+        Packing.from_lengths(FEW_LENGTHS, device=device),
+        Packing.from_cu_seqlens(boundaries(FEW_LENGTHS).to(device), TOTAL),
     ):
         assert torch.equal(bare, mixer(x, cu_seqlens=packing)[0])
 

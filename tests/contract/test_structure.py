@@ -9,16 +9,16 @@ import torch
 
 from seqzoo import create, fork, list_mixers, parameter_groups
 from seqzoo.mixer import registration
-from seqzoo.testing import LENGTHS, Subject, boundaries, excess, inputs, parameters_of, random_state
+from seqzoo.testing import FEW_LENGTHS, Subject, boundaries, excess, inputs, parameters_of, random_state
 
 
 def test_same_bits_twice(subject: Subject, dtype, device):
     torch.use_deterministic_algorithms(False)
     mixer = subject.make(dtype, device)
-    x = inputs((1, sum(LENGTHS), 16), dtype, device).requires_grad_()
+    x = inputs((1, sum(FEW_LENGTHS), 16), dtype, device).requires_grad_()
     results = []
     for _ in range(2):
-        y, _ = mixer(x, cu_seqlens=boundaries(LENGTHS).to(device))
+        y, _ = mixer(x, cu_seqlens=boundaries(FEW_LENGTHS).to(device))
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
@@ -106,6 +106,18 @@ def test_meta_construction(subject: Subject, device):
     again.reset_parameters()
     for name, value in mixer.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_the_constructor_initialises(subject: Subject):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        mixer = subject.build()
+    constant = {name for name, value in mixer.state_dict().items() if value.unique().numel() == 1}
+    values = {name: mixer.state_dict()[name].clone() for name in constant}
+    mixer.reset_parameters()
+    again = mixer.state_dict()
+    assert constant == {name for name, value in again.items() if value.unique().numel() == 1}
+    assert all(torch.equal(again[name], value) for name, value in values.items())
 
 
 def test_dtype_follows_double_and_spares_fp32_parameters(subject: Subject):
