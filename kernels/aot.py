@@ -1,8 +1,8 @@
 """Compiles the GPU kernels ahead of time, without a GPU, and reads what they use out of the compiled code.
 
-``python -m seqzoo.kernels.aot`` prints a table, by target, op and example: the launches, the bytes that an element of the
-op moves, and of each kernel the registers, the shared memory and the spills. An op takes part by a function ``examples``
-in its ``gpu.py`` (:class:`seqzoo.kernels.launch.Example`). Compiled code is kept in Triton's own cache.
+``python -m seqzoo.kernels.aot`` prints a table, by target, op and example: the launches, the bytes that an element of
+the op moves, and of each kernel the registers, the shared memory and the spills. An op takes part by a function
+``examples`` in its ``gpu.py`` (:class:`seqzoo.kernels.launch.Example`). Compiled code is kept in Triton's own cache.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def compile_launch(launch: Launch, target: Target) -> Any:
 def resources(compiled: Any) -> dict[str, int]:
     """Registers a thread, bytes of shared memory a program, and spills, of a compiled kernel.
 
-    Spills are accesses to local memory inside loops in NVIDIA's machine code (what its assembler parks on the stack before
-    a loop and fetches after it costs nothing), spilled vector registers and bytes of scratch in AMD's.
+    Spills are accesses to local memory inside loops in NVIDIA's machine code (what its assembler parks on the stack
+    before a loop and fetches after it costs nothing), spilled vector registers and bytes of scratch in AMD's.
     """
     shared = int(compiled.metadata.shared)
     if "amdgcn" in compiled.asm:
@@ -136,7 +136,7 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def spills_in_loops(code: str) -> int:
-    """Loads from and stores to local memory that lie between a backward branch of NVIDIA machine code and its target."""
+    """Loads from and stores to local memory between a backward branch of NVIDIA machine code and its target."""
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", code, flags=re.MULTILINE)
     loops = []
     for address, operation, operands in lines:

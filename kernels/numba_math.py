@@ -1,8 +1,7 @@
-"""Functions of one number that Numba kernels call on every element: exponential, conjugate, 16-bit conversions.
+"""Functions of one number that Numba kernels call on every element.
 
 Each is emitted as LLVM instructions without branches or calls (the float64 exponential apart), so that the loops around
-them vectorise. NumPy has no bfloat16 and Numba no 16-bit floats on the CPU: inside kernels **uint16 stands for bfloat16
-and int16 for float16**, which is how :func:`seqzoo.kernels.numba_runtime.array` passes them.
+them vectorise.
 
 Importing this module imports Numba.
 """
@@ -39,32 +38,6 @@ def exp(typing_context: Any, x: types.Type) -> Any:
             builder.module.declare_intrinsic("llvm.exp", [ir.DoubleType()]), values
         )
     raise TypingError(f"exp takes float32 or float64, got {x}")
-
-
-@intrinsic
-def widen(typing_context: Any, x: types.Type) -> Any:
-    """The value that arithmetic uses: float32 for the 16-bit types, anything else as it is."""
-    if x == types.uint16:
-        return types.float32(x), lambda context, builder, signature, values: _widen_bfloat16(builder, values[0])
-    if x == types.int16:
-        return types.float32(x), lambda context, builder, signature, values: _widen_float16(builder, values[0])
-    return x(x), lambda context, builder, signature, values: values[0]
-
-
-@intrinsic
-def narrow(typing_context: Any, value: types.Type, array: types.Type) -> Any:
-    """``value`` in the element type of ``array``, rounded to nearest, ties to even."""
-    if not isinstance(array, types.Array):
-        raise TypingError(f"narrow takes the array that will hold the value, got {array}")
-    element = array.dtype
-    rounding = {types.uint16: _narrow_bfloat16, types.int16: _narrow_float16}.get(element)
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list[ir.Value]) -> ir.Value:
-        if rounding is None:
-            return context.cast(builder, values[0], value, element)
-        return rounding(builder, context.cast(builder, values[0], value, types.float32))
-
-    return element(value, array), generate
 
 
 @intrinsic
@@ -133,11 +106,13 @@ def _exp_single(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return value
 
 
-def _widen_bfloat16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def widen_bfloat16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Emits the float32 of bfloat16 bits."""
     return builder.bitcast(builder.shl(builder.zext(x, _WORD), _word(16)), _SINGLE)
 
 
-def _narrow_bfloat16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def narrow_bfloat16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Emits the bits of the bfloat16 nearest to a float32, ties to even."""
     bits = _bits(builder, x)
     high = builder.lshr(bits, _word(16))
     bias = builder.add(builder.and_(high, _word(1)), _word(0x7FFF))
@@ -146,14 +121,15 @@ def _narrow_bfloat16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.trunc(builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded), _SHORT)
 
 
-def _widen_float16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """Moves exponent and mantissa into place; subnormals become normal by way of a subtraction that is exact."""
+def widen_float16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Emits the float32 of float16 bits."""
     bits = builder.zext(x, _WORD)
     sign = builder.shl(builder.and_(bits, _word(0x8000)), _word(16))
     placed = builder.shl(builder.and_(bits, _word(0x7FFF)), _word(13))
     exponent = builder.and_(placed, _word(0x1F << 23))
     normal = builder.add(placed, _word((127 - 15) << 23))
     special = builder.add(placed, _word((255 - 31) << 23))
+    # with one added to the exponent, less that power of two: exact, and no float32 on the way is subnormal
     above = builder.bitcast(builder.add(placed, _word((127 - 14) << 23)), _SINGLE)
     subnormal = _bits(builder, builder.fsub(above, _single(2.0**-14)))
     magnitude = builder.select(builder.icmp_unsigned("==", exponent, _word(0x1F << 23)), special, normal)
@@ -161,14 +137,15 @@ def _widen_float16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.bitcast(builder.or_(magnitude, sign), _SINGLE)
 
 
-def _narrow_float16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """Rounds by integer addition, which carries into the exponent; subnormals by adding 0.5, whose ulp is theirs."""
+def narrow_float16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Emits the bits of the float16 nearest to a float32, ties to even."""
     bits = _bits(builder, x)
     sign = builder.and_(builder.lshr(bits, _word(16)), _word(0x8000))
     magnitude = builder.and_(bits, _word(0x7FFFFFFF))
     odd = builder.and_(builder.lshr(magnitude, _word(13)), _word(1))
     rebiased = builder.sub(magnitude, _word(((127 - 15) << 23) - 0xFFF))
     normal = builder.lshr(builder.add(rebiased, odd), _word(13))
+    # the unit in the last place of 0.5 is that of a subnormal float16
     raised = builder.fadd(builder.bitcast(magnitude, _SINGLE), _single(0.5))
     subnormal = builder.sub(_bits(builder, raised), _word(126 << 23))
     result = builder.select(builder.icmp_unsigned("<", magnitude, _word(113 << 23)), subnormal, normal)

@@ -11,9 +11,8 @@ each when it is first called with some dtypes::
         for index in prange(tasks.shape[0]):
             _scale_columns(x, tasks[index], y)
 
-    threads = threads_for(x.numel())
-    bounds, tasks = plan(cu_seqlens, batch, total, width, threads)
-    _scale(threads, array(x), tasks, array(y))
+    bounds, tasks = plan(cu_seqlens, batch, total, width, threads_for(x.numel()))
+    _scale(len(tasks), array(x), tasks, array(y))
 
 The threads are OpenMP's where it exists. GNU OpenMP kills a forked child that uses it after its parent did, so a child
 computes on one thread. Elsewhere they are Numba's own, which abort the process when two Python threads start them at
@@ -40,6 +39,8 @@ from torch import Tensor
 ELEMENTS_PER_THREAD = 25_000
 # two cache lines of float32: threads that share rows do not write the same line
 COLUMNS = 32
+# a page of float32: threads that share one fetch each other's part ahead, which doubles the time
+PAGE = 1024
 
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
@@ -72,7 +73,7 @@ class Kernel:
         self.parallel = _dispatcher(body, parallel=True)
 
     def __call__(self, threads: int, *arguments: Any) -> None:
-        """Runs the kernel on as many threads as :func:`threads_for` returned."""
+        """Runs the kernel on so many threads, at most what :func:`threads_for` returned."""
         if threads == 1:
             self.serial(*arguments)
         elif threading_layer() == "workqueue":
@@ -172,8 +173,9 @@ def _tasks(bounds: np.ndarray, width: int, threads: int) -> np.ndarray:
     for blocks in {most, *(2**power for power in range(most.bit_length()))}:
         columns = -(-width // (blocks * COLUMNS)) * COLUMNS
         groups = _groups(bounds, threads // blocks)
-        # a row costs its columns and, being fetched apart from the rest of its row, about COLUMNS more
-        candidates.append((int(np.diff(bounds[groups]).max()) * (columns + COLUMNS), columns, groups))
+        # a row costs its columns, and as much as COLUMNS more to begin it
+        cost = int(np.diff(bounds[groups]).max()) * (columns + COLUMNS)
+        candidates.append((2 * cost if blocks > 1 and columns < PAGE else cost, columns, groups))
     _, columns, groups = min(candidates, key=lambda candidate: candidate[:2])
     tasks = [
         (first, min(columns, width - first), start, stop)
@@ -184,12 +186,12 @@ def _tasks(bounds: np.ndarray, width: int, threads: int) -> np.ndarray:
 
 
 def _groups(bounds: np.ndarray, groups: int) -> np.ndarray:
-    """Cuts the sequences into so many groups of neighbours, of about as many rows each."""
+    """Cuts the sequences into at most so many groups of neighbours, of about as many rows each."""
     ideal = np.arange(1, groups) * (bounds[-1] / groups)
     above = np.searchsorted(bounds, ideal)
     below = np.maximum(above - 1, 0)
     cuts = np.where(ideal - bounds[below] < bounds[above] - ideal, below, above)
-    return np.concatenate(([0], cuts, [bounds.size - 1]))
+    return np.unique(np.concatenate(([0], cuts, [bounds.size - 1])))
 
 
 @lru_cache(maxsize=1)

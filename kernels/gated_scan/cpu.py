@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
 
-from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.dispatch import check_boundaries
 from seqzoo.kernels.gated_scan.op import CELLS
-from seqzoo.kernels.linear_scan.cpu import columns, entering, grading, outputs, regrading, scanning
-from seqzoo.kernels.numba_math import cast, choose, exp, narrow, widen
+from seqzoo.kernels.linear_scan.cpu import WHOLE, columns, entering, grading, outputs, regrading, scanning
+from seqzoo.kernels.numba_math import cast, choose, exp
+from seqzoo.kernels.numba_memory import read, write
 from seqzoo.kernels.numba_runtime import array, function, kernel, plan, threads_for
 
 
@@ -48,51 +50,64 @@ def _min_lstm(forget, enter):
 
 
 @function
-def _advance(operands, row, task, state, h):
+def _advance(operands, row, first, count, state, h):
     x, lstm, lo, span, width = operands
     if lstm:
-        forgets, enters = columns(x, width, 3 * row, task), columns(x, width, 3 * row + 1, task)
-        values = columns(x, width, 3 * row + 2, task)
-        for j in range(h.size):
-            new, old, _, _ = _min_lstm(widen(forgets[j]), widen(enters[j]))
-            state[j] = (lo + span * old) * state[j] + new * widen(values[j])
-            h[j] = narrow(state[j], h)
+        forgets, enters = columns(x, width, 3 * row, first, count), columns(x, width, 3 * row + 1, first, count)
+        values = columns(x, width, 3 * row + 2, first, count)
+        for j in range(count):
+            new, old, _, _ = _min_lstm(read(forgets, j, 0), read(enters, j, 1))
+            value = (lo + span * old) * read(state, j, 2) + new * read(values, j, 3)
+            write(state, j, value, 2)
+            write(h, j, value, 4)
     else:
-        gates, values = columns(x, width, 2 * row, task), columns(x, width, 2 * row + 1, task)
-        for j in range(h.size):
-            new, old = _min_gru(widen(gates[j]))
-            state[j] = (lo + span * old) * state[j] + new * widen(values[j])
-            h[j] = narrow(state[j], h)
+        gates, values = columns(x, width, 2 * row, first, count), columns(x, width, 2 * row + 1, first, count)
+        for j in range(count):
+            new, old = _min_gru(read(gates, j, 0))
+            value = (lo + span * old) * read(state, j, 2) + new * read(values, j, 3)
+            write(state, j, value, 2)
+            write(h, j, value, 4)
 
 
 @function
-def _retreat(operands, row, sequence, task, previous, carry, grad_x):
+def _retreat(operands, row, sequence, first, count, previous, carry, grad_x):
     grad_h, x, lstm, lo, span, width = operands
-    arriving = columns(grad_h, width, row, task)
+    arriving = columns(grad_h, width, row, first, count)
     if lstm:
-        forgets, enters = columns(x, width, 3 * row, task), columns(x, width, 3 * row + 1, task)
-        values, to_values = columns(x, width, 3 * row + 2, task), columns(grad_x, width, 3 * row + 2, task)
-        to_forgets, to_enters = columns(grad_x, width, 3 * row, task), columns(grad_x, width, 3 * row + 1, task)
-        for j in range(arriving.size):
-            new, old, by_forget, by_enter = _min_lstm(widen(forgets[j]), widen(enters[j]))
-            gamma = widen(arriving[j]) + carry[j]
-            to_new = gamma * (widen(values[j]) - span * previous[j])
-            to_forgets[j] = narrow(to_new * by_forget, to_forgets)
-            to_enters[j] = narrow(to_new * by_enter, to_enters)
-            to_values[j] = narrow(gamma * new, to_values)
-            carry[j] = (lo + span * old) * gamma
+        forgets, enters = columns(x, width, 3 * row, first, count), columns(x, width, 3 * row + 1, first, count)
+        values, to_values = (
+            columns(x, width, 3 * row + 2, first, count),
+            columns(grad_x, width, 3 * row + 2, first, count),
+        )
+        to_forgets, to_enters = (
+            columns(grad_x, width, 3 * row, first, count),
+            columns(grad_x, width, 3 * row + 1, first, count),
+        )
+        for j in range(count):
+            new, old, by_forget, by_enter = _min_lstm(read(forgets, j, 0), read(enters, j, 1))
+            gamma = read(arriving, j, 2) + read(carry, j, 3)
+            to_new = gamma * (read(values, j, 4) - span * read(previous, j, 5))
+            write(to_forgets, j, to_new * by_forget, 6)
+            write(to_enters, j, to_new * by_enter, 7)
+            write(to_values, j, gamma * new, 8)
+            write(carry, j, (lo + span * old) * gamma, 3)
     else:
-        gates, to_gates = columns(x, width, 2 * row, task), columns(grad_x, width, 2 * row, task)
-        values, to_values = columns(x, width, 2 * row + 1, task), columns(grad_x, width, 2 * row + 1, task)
-        for j in range(arriving.size):
-            new, old = _min_gru(widen(gates[j]))
-            gamma = widen(arriving[j]) + carry[j]
-            to_gates[j] = narrow(gamma * (widen(values[j]) - span * previous[j]) * (new * old), to_gates)
-            to_values[j] = narrow(gamma * new, to_values)
-            carry[j] = (lo + span * old) * gamma
+        gates, to_gates = columns(x, width, 2 * row, first, count), columns(grad_x, width, 2 * row, first, count)
+        values, to_values = (
+            columns(x, width, 2 * row + 1, first, count),
+            columns(grad_x, width, 2 * row + 1, first, count),
+        )
+        for j in range(count):
+            new, old = _min_gru(read(gates, j, 0))
+            gamma = read(arriving, j, 2) + read(carry, j, 3)
+            to_new = gamma * (read(values, j, 4) - span * read(previous, j, 5))
+            write(to_gates, j, to_new * (new * old), 6)
+            write(to_values, j, gamma * new, 8)
+            write(carry, j, (lo + span * old) * gamma, 3)
 
 
-_scan, _grade, _regrade = scanning(_advance), grading(_retreat), regrading(_advance, _retreat)
+# the projections of a token alternate, so their parts would not descend steadily: whole rows are quicker
+_scan, _grade, _regrade = scanning(_advance, WHOLE), grading(_retreat, WHOLE), regrading(_advance, _retreat, WHOLE)
 
 
 @kernel
@@ -129,9 +144,9 @@ def forward(
     check_boundaries(cu_seqlens, x.shape[1])
     width = x.shape[2] // CELLS[cell]
     h, state, chunk_states = outputs(x, width, initial_state, cu_seqlens)
-    threads, shared = _prepare(x, cu_seqlens, cell, lo, hi, reverse)
+    shared = _prepare(x, cu_seqlens, cell, lo, hi, reverse)
     total = x.shape[1] if cu_seqlens is None else -1
-    _forward(threads, *shared, total, array(state), array(chunk_states), array(h))
+    _forward(*shared, total, array(state), array(chunk_states), array(h))
     return h, state, chunk_states
 
 
@@ -151,21 +166,20 @@ def backward(
     """As the op ``gated_scan_backward``."""
     check_boundaries(cu_seqlens, x.shape[1])
     grad_x, grad_state = torch.empty_like(x), grad_final_state.clone()
-    threads, shared = _prepare(x, cu_seqlens, cell, lo, hi, reverse)
+    shared = _prepare(x, cu_seqlens, cell, lo, hi, reverse)
     targets = array(grad_state), array(grad_x)
     if h is None:
         total = x.shape[1] if cu_seqlens is None else -1
-        _backward_chunks(threads, *shared, array(grad_h), total, array(chunk_states), *targets)
+        _backward_chunks(*shared, array(grad_h), total, array(chunk_states), *targets)
     else:
-        _backward(threads, *shared, array(grad_h), *entering(initial_state, grad_state), array(h), *targets)
+        _backward(*shared, array(grad_h), *entering(initial_state, grad_state), array(h), *targets)
     return grad_x, grad_state
 
 
-def _prepare(x: Tensor, cu_seqlens: Tensor | None, cell: str, lo: float, hi: float, reverse: bool) -> tuple[int, tuple]:
-    """The number of threads, and the kernels' leading arguments."""
+def _prepare(x: Tensor, cu_seqlens: Tensor | None, cell: str, lo: float, hi: float, reverse: bool) -> tuple[Any, ...]:
+    """The number of threads, then the arguments with which the kernels begin."""
     batch, total, channels = x.shape
     width = channels // CELLS[cell]
-    threads = threads_for(x.numel())
-    number = np.float64 if accumulator(x.dtype) == torch.float64 else np.float32
-    bounds, tasks = plan(cu_seqlens, batch, total, width, threads)
-    return threads, (array(x), cell == "min_lstm", number(lo), number(hi - lo), bounds, tasks, width, reverse)
+    number = np.float64 if x.dtype == torch.float64 else np.float32
+    bounds, tasks = plan(cu_seqlens, batch, total, width, threads_for(x.numel()))
+    return len(tasks), array(x), cell == "min_lstm", number(lo), number(hi - lo), bounds, tasks, width, reverse

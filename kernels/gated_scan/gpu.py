@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqzoo.kernels.gated_scan.op import CELLS
 from seqzoo.kernels.launch import Example, run
-from seqzoo.kernels.linear_scan.gpu import SHAPES, Source, example, plan_backward, plan_forward
+from seqzoo.kernels.linear_scan.gpu import MODES, SHAPES, Source, example, plan_backward, plan_forward
 
 
 def forward(
@@ -63,9 +63,9 @@ def examples(exhaustive: bool) -> Iterator[Example]:
         ("min_lstm", torch.bfloat16, "segments", True, True, False),
     ]
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    every = itertools.product(CELLS, dtypes, SHAPES, (False, True), (False, True), (False, True))
+    every = itertools.product(CELLS, dtypes, MODES, (False, True), (False, True), (False, True))
     for cell, dtype, mode, packed, state, reverse in every if exhaustive else few:
-        batch, total, width = SHAPES[mode]
+        batch, total, width = SHAPES[mode, packed]
         x = torch.empty((batch, total, CELLS[cell] * width), dtype=dtype, device="meta")
         label = f"{cell}, {str(dtype).removeprefix('torch.')}, {mode},"
         yield from example(label, Source(x, x, cell), width, packed, state, reverse)

@@ -19,18 +19,23 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from seqzoo.kernels.checks import accumulator
+from seqzoo.kernels.checks import HALF, accumulator
 from seqzoo.kernels.dispatch import check_boundaries
 from seqzoo.kernels.linear_scan.op import CHUNK, n_chunk_states
-from seqzoo.kernels.numba_math import conjugate, narrow, widen
+from seqzoo.kernels.numba_math import conjugate
+from seqzoo.kernels.numba_memory import part, read, write
 from seqzoo.kernels.numba_runtime import array, function, kernel, plan, threads_for
+
+# rows in descending order are fetched ahead only where their parts descend too: with rows of 2 KiB, parts of 64 to 256
+# bytes took a third of the time of whole rows, parts of 512 bytes more; where threads share rows it is the reverse
+DESCENDING_BYTES = 256
+WHOLE = 1 << 40
 
 
 @function
-def columns(flat, width, row, task):
-    """The columns of a task in one row of so many columns."""
-    first = row * width + task[0]
-    return flat[first : first + task[1]]
+def columns(flat, width, row, first, count):
+    """Some columns of one row of so many columns."""
+    return part(flat, row * width + first, count)
 
 
 @function
@@ -40,125 +45,158 @@ def _copy(source, target):
 
 
 @function
+def _blocks(count, most):
+    """The size and number of the parts of a row, of at most so many columns each."""
+    size = max(1, min(count, most))
+    return size, (count + size - 1) // size
+
+
+@function
+def _order(bounds, sequence, ascending):
+    """The row where a sequence is entered, the step from row to row, and the number of rows."""
+    first, stop = bounds[sequence], bounds[sequence + 1]
+    return (first, 1, stop - first) if ascending else (stop - 1, -1, stop - first)
+
+
+@function
 def _first_chunk(bounds, sequence, total):
     """The row of ``chunk_states`` for a sequence's start; ``total`` is its length in a dense batch, -1 when packed."""
     return sequence * ((total + CHUNK - 1) // CHUNK) if total >= 0 else bounds[sequence] // CHUNK + sequence
 
 
-def scanning(advance: Callable[..., Any]) -> Any:
+def scanning(advance: Callable[..., Any], descending: int) -> Any:
     """Makes the loop that runs one task's sequences.
 
     Args:
-        advance: Compiled ``(operands, row, task, state, h)``, one token: updates ``state``, and writes it to ``h``.
+        advance: Compiled ``(operands, row, first, count, state, h)``, some columns of one token: updates ``state``, and
+            writes it to ``h``.
+        descending: Bytes of the state that are treated at once where rows descend.
     """
 
     @function
     def scan(operands, bounds, task, width, reverse, total, state, chunk_states, h):
-        for sequence in range(task[2], task[3]):
-            length = bounds[sequence + 1] - bounds[sequence]
-            row, step = (bounds[sequence + 1] - 1, -1) if reverse else (bounds[sequence], 1)
+        left, span, start, stop = task[0], task[1], task[2], task[3]
+        most, blocks = _blocks(span, (descending if reverse and span == width else WHOLE) // state.itemsize)
+        for sequence in range(start, stop):
+            row, step, length = _order(bounds, sequence, not reverse)
             chunk = _first_chunk(bounds, sequence, total)
-            running = columns(state, width, sequence, task)
             for index in range(length):
                 if chunk_states.size > 0 and index % CHUNK == 0:
-                    _copy(running, columns(chunk_states, width, chunk + index // CHUNK, task))
-                advance(operands, row, task, running, columns(h, width, row, task))
+                    running = columns(state, width, sequence, left, span)
+                    _copy(running, columns(chunk_states, width, chunk + index // CHUNK, left, span))
+                for block in range(blocks - 1, -1, -1):
+                    first, count = left + block * most, min(most, span - block * most)
+                    running = columns(state, width, sequence, first, count)
+                    advance(operands, row, first, count, running, columns(h, width, row, first, count))
                 row += step
 
     return scan
 
 
-def grading(retreat: Callable[..., Any]) -> Any:
+def grading(retreat: Callable[..., Any], descending: int) -> Any:
     """Makes the loop that runs one task's sequences back and reads h.
 
     Args:
-        retreat: Compiled ``(operands, row, sequence, task, previous, carry, gradients)``, one token: from the value
-            before it and the gradient that arrives from later tokens, writes its gradients and updates ``carry``.
+        retreat: Compiled ``(operands, row, sequence, first, count, previous, carry, gradients)``, some columns of one
+            token: from the value before it and the gradient that arrives from later tokens, writes its gradients and
+            updates ``carry``.
+        descending: Bytes of the carry that are treated at once where rows descend.
     """
 
     @function
     def grade(operands, bounds, task, width, reverse, initial, initial_width, h, carry, gradients):
-        for sequence in range(task[2], task[3]):
-            length = bounds[sequence + 1] - bounds[sequence]
-            row, step = (bounds[sequence], 1) if reverse else (bounds[sequence + 1] - 1, -1)
-            running = columns(carry, width, sequence, task)
+        left, span, start, stop = task[0], task[1], task[2], task[3]
+        most, blocks = _blocks(span, (WHOLE if reverse or span < width else descending) // carry.itemsize)
+        for sequence in range(start, stop):
+            row, step, length = _order(bounds, sequence, reverse)
             for index in range(length):
-                if index < length - 1:
-                    previous = columns(h, width, row + step, task)
-                else:
-                    previous = columns(initial, initial_width, sequence, task)
-                retreat(operands, row, sequence, task, previous, running, gradients)
+                for block in range(blocks - 1, -1, -1):
+                    first, count = left + block * most, min(most, span - block * most)
+                    if index < length - 1:
+                        previous = columns(h, width, row + step, first, count)
+                    else:
+                        previous = columns(initial, initial_width, sequence, first, count)
+                    running = columns(carry, width, sequence, first, count)
+                    retreat(operands, row, sequence, first, count, previous, running, gradients)
                 row += step
 
     return grade
 
 
-def regrading(advance: Callable[..., Any], retreat: Callable[..., Any]) -> Any:
+def regrading(advance: Callable[..., Any], retreat: Callable[..., Any], descending: int) -> Any:
     """Makes the loop of :func:`grading` for an h that was rounded to 16 bits: each chunk computes it again."""
 
     @function
     def regrade(forward, operands, bounds, task, width, reverse, total, chunk_states, carry, gradients):
-        rows = np.empty((CHUNK, task[1]), carry.dtype)
-        state = np.empty(task[1], carry.dtype)
-        for sequence in range(task[2], task[3]):
-            length = bounds[sequence + 1] - bounds[sequence]
-            start, step = (bounds[sequence + 1] - 1, -1) if reverse else (bounds[sequence], 1)
+        left, span, start, stop = task[0], task[1], task[2], task[3]
+        most, blocks = _blocks(span, (WHOLE if reverse or span < width else descending) // carry.itemsize)
+        scratch = np.empty((CHUNK + 1) * span, carry.dtype)
+        state = columns(scratch, span, CHUNK, 0, span)
+        for sequence in range(start, stop):
+            entrance, step, length = _order(bounds, sequence, not reverse)
             kept = _first_chunk(bounds, sequence, total)
-            running = columns(carry, width, sequence, task)
-            for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
-                first = start + step * chunk * CHUNK
-                count = min(CHUNK, length - chunk * CHUNK)
-                entering = columns(chunk_states, width, kept + chunk, task)
+            for chunk in range((length - 1) // CHUNK, -1, -1):
+                row, tokens = entrance + step * chunk * CHUNK, min(CHUNK, length - chunk * CHUNK)
+                entering = columns(chunk_states, width, kept + chunk, left, span)
                 _copy(entering, state)
-                _copy(entering, rows[0])
-                for index in range(count - 1):
-                    advance(forward, first + step * index, task, state, rows[index + 1])
-                for index in range(count - 1, -1, -1):
-                    retreat(operands, first + step * index, sequence, task, rows[index], running, gradients)
+                _copy(entering, columns(scratch, span, 0, 0, span))
+                for index in range(1, tokens):
+                    following = columns(scratch, span, index, 0, span)
+                    advance(forward, row, left, span, state, following)
+                    row += step
+                for index in range(tokens - 1, -1, -1):
+                    for block in range(blocks - 1, -1, -1):
+                        offset, count = block * most, min(most, span - block * most)
+                        previous = columns(scratch, span, index, offset, count)
+                        running = columns(carry, width, sequence, left + offset, count)
+                        retreat(operands, row, sequence, left + offset, count, previous, running, gradients)
+                    row -= step
 
     return regrade
 
 
 @function
-def _advance(operands, row, task, state, h):
+def _advance(operands, row, first, count, state, h):
     a, a_width, b, width = operands
-    factors, addends = columns(a, a_width, row, task), columns(b, width, row, task)
-    for j in range(h.size):
-        value = widen(factors[j]) * state[j] + widen(addends[j])
-        state[j] = value
-        h[j] = narrow(value, h)
+    factors, addends = columns(a, a_width, row, first, count), columns(b, width, row, first, count)
+    for j in range(count):
+        value = read(factors, j, 0) * read(state, j, 1) + read(addends, j, 2)
+        write(state, j, value, 1)
+        write(h, j, value, 3)
 
 
 @function
-def _retreat_varying(operands, row, sequence, task, previous, carry, gradients):
+def _retreat_varying(operands, row, sequence, first, count, previous, carry, gradients):
     grad_h, a, width = operands
     grad_a, grad_b = gradients
-    arriving, factors = columns(grad_h, width, row, task), columns(a, width, row, task)
-    to_a, to_b = columns(grad_a, width, row, task), columns(grad_b, width, row, task)
-    for j in range(arriving.size):
-        gamma = widen(arriving[j]) + carry[j]
-        to_b[j] = narrow(gamma, to_b)
-        to_a[j] = narrow(gamma * conjugate(previous[j]), to_a)
-        carry[j] = conjugate(widen(factors[j])) * gamma
+    arriving, factors = columns(grad_h, width, row, first, count), columns(a, width, row, first, count)
+    to_a, to_b = columns(grad_a, width, row, first, count), columns(grad_b, width, row, first, count)
+    for j in range(count):
+        gamma = read(arriving, j, 0) + read(carry, j, 1)
+        write(to_b, j, gamma, 2)
+        write(to_a, j, gamma * conjugate(read(previous, j, 3)), 4)
+        write(carry, j, conjugate(read(factors, j, 5)) * gamma, 1)
 
 
 @function
-def _retreat_constant(operands, row, sequence, task, previous, carry, gradients):
+def _retreat_constant(operands, row, sequence, first, count, previous, carry, gradients):
     """With the same a for all tokens, whose gradient each sequence sums in double precision."""
     grad_h, a, width = operands
     sums, grad_b = gradients
-    arriving, factors = columns(grad_h, width, row, task), columns(a, 0, 0, task)
-    to_a, to_b = columns(sums, width, sequence, task), columns(grad_b, width, row, task)
-    for j in range(arriving.size):
-        gamma = widen(arriving[j]) + carry[j]
-        to_b[j] = narrow(gamma, to_b)
-        to_a[j] += gamma * conjugate(previous[j])
-        carry[j] = conjugate(widen(factors[j])) * gamma
+    arriving, factors = columns(grad_h, width, row, first, count), columns(a, 0, 0, first, count)
+    to_a, to_b = columns(sums, width, sequence, first, count), columns(grad_b, width, row, first, count)
+    for j in range(count):
+        gamma = read(arriving, j, 0) + read(carry, j, 1)
+        write(to_b, j, gamma, 2)
+        write(to_a, j, read(to_a, j, 4) + gamma * conjugate(read(previous, j, 3)), 4)
+        write(carry, j, conjugate(read(factors, j, 5)) * gamma, 1)
 
 
-_scan = scanning(_advance)
-_grade_varying, _grade_constant = grading(_retreat_varying), grading(_retreat_constant)
-_regrade_varying, _regrade_constant = regrading(_advance, _retreat_varying), regrading(_advance, _retreat_constant)
+_scan = scanning(_advance, DESCENDING_BYTES)
+_grade_varying = grading(_retreat_varying, DESCENDING_BYTES)
+_grade_constant = grading(_retreat_constant, DESCENDING_BYTES)
+_regrade_varying = regrading(_advance, _retreat_varying, DESCENDING_BYTES)
+_regrade_constant = regrading(_advance, _retreat_constant, DESCENDING_BYTES)
 
 
 @kernel
@@ -204,10 +242,9 @@ def forward(
     check_boundaries(cu_seqlens, b.shape[1])
     batch, total, width = b.shape
     h, state, chunk_states = outputs(b, width, initial_state, cu_seqlens)
-    threads = threads_for(b.numel())
-    bounds, tasks = plan(cu_seqlens, batch, total, width, threads)
+    bounds, tasks = plan(cu_seqlens, batch, total, width, threads_for(b.numel()))
     _forward(
-        threads,
+        len(tasks),
         array(a),
         width if a.dim() == 3 else 0,
         array(b),
@@ -234,7 +271,8 @@ def outputs(
         state = x.new_zeros((rows, width), dtype=accumulator(x.dtype))
     else:
         state = initial_state.clone()
-    return h, state, state.new_empty((n_chunk_states(h, cu_seqlens, "cpu"), width))
+    chunks = n_chunk_states(h, cu_seqlens, "cpu") if x.dtype in HALF else 0
+    return h, state, state.new_empty((chunks, width))
 
 
 def backward(
@@ -257,17 +295,16 @@ def backward(
         grad_a = b.new_zeros(grad_state.shape, dtype=torch.complex128 if b.is_complex() else torch.float64)
     else:
         grad_a = torch.empty_like(a)
-    threads = threads_for(b.numel())
-    bounds, tasks = plan(cu_seqlens, batch, total, width, threads)
+    bounds, tasks = plan(cu_seqlens, batch, total, width, threads_for(b.numel()))
     shared = (bounds, tasks, width, reverse, array(grad_state), array(grad_a), array(grad_b))
     if h is None:
         run = _regrade_sum if constant else _regrade_a
         length = total if cu_seqlens is None else -1
-        run(threads, array(grad_h), array(a), array(b), array(chunk_states), length, *shared)
+        run(len(tasks), array(grad_h), array(a), array(b), array(chunk_states), length, *shared)
     else:
         run = _grade_sum if constant else _grade_a
         initial, initial_width = entering(initial_state, grad_state)
-        run(threads, array(grad_h), array(a), initial, initial_width, array(h), *shared)
+        run(len(tasks), array(grad_h), array(a), initial, initial_width, array(h), *shared)
     if constant:
         # NumPy adds the sequences one after another: the same bits on any number of threads
         grad_a = torch.from_numpy(grad_a.numpy().sum(axis=0)).to(a.dtype)

@@ -108,7 +108,7 @@ def layout(
 
 
 def _rows(source: Source, narrow: bool) -> int:
-    """Tokens that a program holds at once: as many as registers allow, fewer where more is kept of each (``narrow``)."""
+    """Tokens that a program holds at once: as many as registers allow; ``narrow`` where more is kept of each."""
     if source.cell == "linear":
         return 16 if narrow or source.b.is_complex() else 32
     return 8 if narrow or source.cell == "min_lstm" else 16
@@ -279,9 +279,8 @@ def backward(
 def example(label: str, source: Source, width: int, packed: bool, state: bool, reverse: bool) -> Iterator[Example]:
     """The launches of one call forward and backward on meta tensors, for compiling ahead of time."""
     b = source.b
-    batch, total, _ = b.shape
     cu_seqlens = b.new_empty(9, dtype=torch.int32) if packed else None
-    states = b.new_empty((8 if packed else batch, width), dtype=accumulator(b.dtype))
+    states = b.new_empty((8 if packed else b.shape[0], width), dtype=accumulator(b.dtype))
     words = ("packed" if packed else "dense", "state" if state else "", "reverse" if reverse else "")
     label = " ".join(filter(None, (label, *words)))
     (h, final_state, chunk_states), launches = plan_forward(
@@ -292,8 +291,14 @@ def example(label: str, source: Source, width: int, packed: bool, state: bool, r
     yield Example(f"{label} backward", launches, h.numel())
 
 
-# (B, T, D): the first fills every device without being cut, the second is cut on every device
-SHAPES = {"one pass": (64, 4096, 2048), "segments": (1, 65536, 1024)}
+# (B, T, D) by mode, the same on every device, and whether packed; short sequences are never cut
+SHAPES = {
+    ("one pass", False): (64, 4096, 2048),
+    ("one pass", True): (1, SHORTEST, 2048),
+    ("segments", False): (1, 65536, 1024),
+    ("segments", True): (1, 65536, 1024),
+}
+MODES = ("one pass", "segments")
 
 
 def examples(exhaustive: bool) -> Iterator[Example]:
@@ -319,10 +324,10 @@ def examples(exhaustive: bool) -> Iterator[Example]:
         ("complex64, a (D,)", "one pass", False, False, False),
         ("bfloat16, a float32 (D,)", "segments", True, True, False),
     ]
-    every = itertools.product(kinds, SHAPES, (False, True), (False, True), (False, True))
+    every = itertools.product(kinds, MODES, (False, True), (False, True), (False, True))
     for kind, mode, packed, state, reverse in every if exhaustive else few:
         a_dtype, b_dtype, fixed = kinds[kind]
-        batch, total, width = SHAPES[mode]
+        batch, total, width = SHAPES[mode, packed]
         a = tensor(width, dtype=a_dtype) if fixed else tensor(batch, total, width, dtype=a_dtype)
         source = Source(a, tensor(batch, total, width, dtype=b_dtype))
         yield from example(f"{kind}, {mode},", source, width, packed, state, reverse)
