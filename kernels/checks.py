@@ -37,7 +37,8 @@ def check_parameter(name: str, tensor: Tensor, activation: str, dtype: torch.dty
 
 def check_shape(name: str, tensor: Tensor, *expected: tuple[int, ...], of: str) -> None:
     """Raises ValueError unless the shape is one of those expected; ``of`` says in letters what they mean."""
-    if tuple(tensor.shape) not in expected:
+    # ranks first: tuples compare their entries before their lengths, which would tie B to a width under torch.compile
+    if not any(len(shape) == tensor.dim() and tuple(tensor.shape) == shape for shape in expected):
         shapes = " or ".join(map(str, expected))
         raise ValueError(f"{name} must have shape {of} = {shapes}, got {tuple(tensor.shape)}")
 

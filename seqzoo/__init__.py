@@ -1,5 +1,6 @@
 """SeqZoo: a zoo of sequence models behind one interface."""
 
+import importlib as _importlib
 from pathlib import Path as _Path
 
 from seqzoo.version import __version__ as __version__
@@ -19,3 +20,10 @@ from seqzoo.mixer import list_mixers as list_mixers
 from seqzoo.mixer import register as register
 from seqzoo.packing import Packing as Packing
 from seqzoo.parameters import parameter_groups as parameter_groups
+
+
+def __getattr__(name: str) -> object:
+    """The parts that are imported when they are first named."""
+    if name in ("hub", "models", "ops"):
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,8 +52,11 @@ def choices() -> Iterator[str]:
     """Lines that say which implementation of the ops is taken on each device, why, and why not the others."""
     for device in devices():
         for wide in (False, True):
-            name, reason = dispatch.choose(device, wide, dispatch.slot.backend)
-            yield f"{device}, {'float64' if wide else 'float32 and below'}: {name} ({reason})"
+            try:
+                chosen = "{} ({})".format(*dispatch.choose(device, wide, dispatch.slot.backend))
+            except RuntimeError as error:
+                chosen = f"none: {error}"
+            yield f"{device}, {'float64' if wide else 'float32 and below'}: {chosen}"
         for name in dispatch.BACKENDS:
             reason = dispatch.obstacle(name, device, False)
             if reason is not None:

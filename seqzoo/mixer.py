@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from seqzoo.kernels.checks import REAL, accumulator
+from seqzoo.kernels.checks import HALF, REAL, accumulator
 from seqzoo.packing import Packing, check_form
 
 State = dict[str, Tensor]
@@ -51,9 +51,10 @@ class Mixed(NamedTuple):
 class SequenceMixer(nn.Module):
     """Maps a sequence ``(B, T, D)`` to a sequence ``(B, T, D)``.
 
-    A mixer defines :meth:`mix` and :meth:`state_spec`, and :meth:`reset_parameters`, with which its constructor ends. A
-    linear layer that ends it is called ``out_proj``, so that a deep model can scale it. The rest follows: :meth:`forward` checks its arguments and runs packed sequences, natively where ``packs`` says so and else
-    one after the other; :meth:`step` decodes.
+    A mixer defines :meth:`mix` and :meth:`state_spec`, and :meth:`reset_parameters`, with which its constructor ends; a
+    linear layer that comes last is called ``out_proj``, so that deep models can scale it. The rest follows:
+    :meth:`forward` checks its arguments and runs packed sequences, natively where ``packs`` says so and else one after
+    the other; :meth:`step` decodes.
 
     Attributes:
         limits: What this mixer cannot do by its mathematics (a key of ``LIMITS``), with the reason.
@@ -198,6 +199,11 @@ class SequenceMixer(nn.Module):
         return 2 * length * sum(p.numel() for p in self.parameters() if p.dim() >= 2)
 
     def _mix_one_by_one(self, x: Tensor, state: State | None, packing: Packing, return_state: bool) -> Mixed:
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"{type(self).__name__} runs packed sequences one by one, by lengths that a compiled graph does not "
+                "know; give it a mix() that takes a Packing and set packs = True, or call it uncompiled"
+            )
         outputs, states, losses = [], [], []
         bounds = packing.bounds()
         for index, (start, end) in enumerate(itertools.pairwise(bounds)):
@@ -219,9 +225,10 @@ class SequenceMixer(nn.Module):
             raise LimitError(f"{type(self).__name__} has no {ability}: {self.limits[ability]}")
 
     def _weight(self) -> Tensor | None:
-        """The parameter that tells device and dtype: the first that is not kept in float32."""
-        kept = {id(parameter) for parameter in self._fp32()}
-        return next((p for p in self.parameters() if id(p) not in kept), None)
+        """The parameter that tells device and dtype: the first that is not kept in float32, if there is one."""
+        kept = {id(p) for mixer in self.modules() if isinstance(mixer, SequenceMixer) for p in mixer._fp32()}
+        parameters = list(self.parameters())
+        return next((p for p in parameters if id(p) not in kept), parameters[0] if parameters else None)
 
     def _check_input(self, x: Tensor, rank: int, letters: str) -> None:
         name = type(self).__name__
@@ -236,7 +243,8 @@ class SequenceMixer(nn.Module):
             return
         if x.device != weight.device:
             raise ValueError(f"the input is on {x.device}, {name} on {weight.device}; move one of them")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        only_fp32 = any(weight is parameter for parameter in self._fp32())
+        if x.dtype != weight.dtype and not only_fp32 and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"the input is {x.dtype}, the parameters of {name} are {weight.dtype}; convert one of them")
         if x.dtype not in REAL:
             raise TypeError(f"the input of {name} must be one of {', '.join(map(str, REAL))}, got {x.dtype}")
@@ -271,9 +279,18 @@ class SequenceMixer(nn.Module):
         super()._apply(fn, recurse)
         for name, before in kept.items():
             parameter = self.get_parameter(name)
-            if parameter.dtype in (torch.bfloat16, torch.float16):
+            if parameter.dtype in HALF:
                 parameter.data = before.to(parameter.device, torch.float32)
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.float()
         return self
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        # assign=True takes the stored tensors as they are
+        for parameter in self._fp32():
+            if parameter.dtype in HALF:
+                parameter.data = parameter.data.float()
 
 
 def fork(state: State | list[State], n: int) -> Any:
@@ -283,7 +300,7 @@ def fork(state: State | list[State], n: int) -> Any:
     """
     if n < 1:
         raise ValueError(f"a state is forked into at least 1, got {n}")
-    if isinstance(state, list):
+    if isinstance(state, list | tuple):
         return [fork(one, n) for one in state]
     return {key: value.repeat_interleave(n, dim=0) for key, value in state.items()}
 

@@ -43,7 +43,7 @@ def check_form(cu_seqlens: Tensor, batch: int, device: torch.device) -> None:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the sequence on {device}; move one of them")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packing:
     """Boundaries of packed sequences, with all that derives from them built once.
 
@@ -67,11 +67,16 @@ class Packing:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Packing:
         """Builds the packing of sequences of the given lengths (host integers), on ``device`` without synchronising."""
-        lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
+        lengths = torch.as_tensor(lengths, device="cpu")
         if lengths.dim() != 1 or lengths.numel() == 0:
             raise ValueError(f"lengths must be a non-empty list of integers, got shape {tuple(lengths.shape)}")
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+        lengths = lengths.to(torch.int64)
         if int(lengths.min()) < 0:
             raise ValueError(f"lengths must not be negative, got {int(lengths.min())}")
+        if int(lengths.sum()) >= 2**31:
+            raise ValueError(f"boundaries are int32: lengths must add up to less than 2**31, got {int(lengths.sum())}")
         host = torch.zeros(lengths.numel() + 1, dtype=torch.int32)
         host[1:] = lengths.cumsum(0)
         packing = cls._derive(host, int(host[-1]), host)
@@ -90,10 +95,12 @@ class Packing:
                     f"the Packing describes {cu_seqlens.positions.shape[0]} tokens, the sequence has {total}"
                 )
             return cu_seqlens
+        check_form(cu_seqlens, 1, cu_seqlens.device if isinstance(cu_seqlens, Tensor) else torch.device("cpu"))
         if torch.compiler.is_compiling():
             return cls._derive(cu_seqlens, total, cu_seqlens if cu_seqlens.device.type == "cpu" else None)
         if cu_seqlens.device.type == "cpu":
             check_values(cu_seqlens, total)
+            cu_seqlens = cu_seqlens.clone()  # the caller may write to theirs
             return cls._derive(cu_seqlens, total, cu_seqlens)
         assert_values(cu_seqlens, total)
         return cls._derive(cu_seqlens, total, None)
@@ -130,14 +137,16 @@ class Packing:
 
     def to(self, device: torch.device | str) -> Packing:
         """The same packing with its tensors on ``device``; the host copy stays where it is."""
-        prefix = None if self.prefix_lengths is None else self.prefix_lengths.to(device, non_blocking=True)
+        # a copy to the host that does not block could be read before it is there
+        later = torch.device(device).type != "cpu"
         host = self.host if self.host is not None or self.cu_seqlens.device.type != "cpu" else self.cu_seqlens
+        prefix = self.prefix_lengths
         return Packing(
-            self.cu_seqlens.to(device, non_blocking=True),
-            self.sequence_index.to(device, non_blocking=True),
-            self.positions.to(device, non_blocking=True),
+            self.cu_seqlens.to(device, non_blocking=later),
+            self.sequence_index.to(device, non_blocking=later),
+            self.positions.to(device, non_blocking=later),
             host,
-            prefix,
+            None if prefix is None else prefix.to(device, non_blocking=later),
         )
 
 

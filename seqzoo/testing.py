@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from seqzoo import ops
 from seqzoo.kernels import dispatch
-from seqzoo.kernels.checks import HALF
+from seqzoo.kernels.checks import HALF, accumulator
 from seqzoo.layers import Bidirectional
-from seqzoo.mixer import SequenceMixer, create, list_mixers, registration
+from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec, create, list_mixers, registration
+from seqzoo.packing import Packing
 
 WIDE_OF = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
 
@@ -231,6 +232,42 @@ def backends(device: torch.device | str, wide: bool = False) -> list[str]:
 # -- mixers --
 
 
+class PlainMixer(SequenceMixer):
+    """A mixer with what the base class does for it alone: packing one by one, a parameter kept in float32, a loss.
+
+    ``h_t = a h_{t-1} + x_t``, ``y_t = W h_t``; the auxiliary loss is the mean square of the outputs.
+    """
+
+    fp32_parameters = ("decay",)
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model)
+        self.decay = nn.Parameter(torch.empty(d_model))
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        self.reset_parameters()
+
+    def mix(self, x: Tensor, state: State | None, packing: Packing | None, return_state: bool) -> Mixed:
+        """One op and one projection."""
+        if packing is not None:
+            raise ValueError("a mixer that does not pack was given a packing")
+        h, final = ops.linear_scan(torch.sigmoid(self.decay), x, None if state is None else state["h"])
+        y = self.out_proj(h)
+        return Mixed(y, {"h": final}, y.to(final.dtype).square().mean())
+
+    def state_spec(self, batch_size: int, dtype: torch.dtype) -> StateSpec:
+        """One value a channel."""
+        return {"h": ((batch_size, self.d_model), accumulator(dtype))}
+
+    def parameter_options(self) -> dict[str, dict[str, float]]:
+        """The decay learns slower and does not decay."""
+        return {"decay": {"weight_decay": 0.0, "lr_scale": 0.5}}
+
+    def reset_parameters(self) -> None:
+        """Decays of one half."""
+        nn.init.zeros_(self.decay)
+        self.out_proj.reset_parameters()
+
+
 @dataclass(frozen=True)
 class Subject:
     """A mixer as the contract suite builds it."""
@@ -256,6 +293,7 @@ def subjects() -> list[Subject]:
             found.append(
                 Subject(f"{name}({words})", lambda name=name, options=options: create(name, d_model=16, **options))
             )
+    found.append(Subject("plain()", lambda: PlainMixer(16)))
     for merge in ("sum", "concat", "gate"):
         found.append(
             Subject(

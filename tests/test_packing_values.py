@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,6 +37,18 @@ def test_it_is_a_pytree_of_tensors():
     assert torch.utils._pytree.tree_unflatten(leaves, spec).bounds() == [0, 2, 5]
 
 
+def test_moving_takes_everything_along():
+    packing = dataclasses.replace(Packing.from_lengths([2, 3]), prefix_lengths=torch.tensor([1, 0]))
+    assert packing.to("cpu").prefix_lengths.tolist() == [1, 0]
+
+
+def test_the_callers_tensor_is_not_shared():
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+    packing = Packing.from_cu_seqlens(cu_seqlens, 5)
+    cu_seqlens[1] = 4
+    assert packing.bounds() == [0, 2, 5]
+
+
 def test_moving_keeps_a_host_copy():
     packing = Packing.from_lengths([2, 3], device="meta")
     assert packing.cu_seqlens.device.type == "meta"
@@ -54,4 +68,17 @@ def test_moving_keeps_a_host_copy():
 )
 def test_bad_values(call, words):
     with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Packing.from_lengths([1.7, 2.0]), "lengths must be integers, got torch.float32"),
+        (lambda: Packing.from_cu_seqlens([0, 3], 3), "Tensor or a Packing, got list"),
+        (lambda: Packing.from_cu_seqlens(torch.tensor([0, 3]), 3), "must be int32, got torch.int64"),
+    ],
+)
+def test_bad_types(call, words):
+    with pytest.raises(TypeError, match=words):
         call()

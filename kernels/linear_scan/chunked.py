@@ -94,7 +94,7 @@ def scan(
     n_sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = b.new_zeros(n_sequences, width) if initial_state is None else initial_state
     if total == 0:
-        return b, state.clone()
+        return b.clone(), state.clone()
     if reverse:
         flipped = None if cu_seqlens is None else total - cu_seqlens.flip(0)
         order = state.flip(0) if cu_seqlens is not None else state

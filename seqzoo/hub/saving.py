@@ -39,8 +39,9 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: If writing fails, the disk being full for instance; what was there before is untouched.
         TypeError: If the model is of no registered kind.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     name = model_name(model)
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if folder.is_dir():
         others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES)
         if others:
@@ -103,7 +104,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     Raises:
         FileNotFoundError: If there is none, or it lacks a file.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
     candidates = [one for one in (folder, folder / "model") if any((one / name).is_file() for name in FILES)]

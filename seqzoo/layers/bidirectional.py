@@ -72,7 +72,8 @@ class Bidirectional(SequenceMixer):
         merged = self.merge_proj(torch.cat((forward, backward), dim=-1))
         if self.merge == "concat":
             return merged
-        return torch.lerp(backward, forward, torch.sigmoid(merged))
+        # under autocast the map may be narrower than what it weighs
+        return torch.lerp(backward, forward, torch.sigmoid(merged).to(forward.dtype))
 
     def state_spec(self, batch_size: int, dtype: torch.dtype) -> StateSpec:
         """Nothing is carried."""

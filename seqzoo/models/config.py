@@ -79,9 +79,8 @@ class ModelConfig:
             _check_number("mlp_ratio", self.mlp_ratio)
             if self.mlp_ratio == 0:
                 raise ValueError("mlp_ratio must be positive, got 0; mlp='none' leaves the MLP out")
-        # JSON has no tuples, and a copy cannot change afterwards
-        pattern = list(self.pattern) if isinstance(self.pattern, tuple) else self.pattern
-        object.__setattr__(self, "pattern", copy.deepcopy(pattern))
+        # a copy, which the caller's changes do not reach; lists for tuples, which JSON does not have
+        object.__setattr__(self, "pattern", _plain(self.pattern))
         self._check_pattern()
 
     def _check_pattern(self) -> None:
@@ -162,6 +161,12 @@ def build_mixer(entry: str | Mapping[str, Any], d_model: int) -> SequenceMixer:
     if "d_model" in options:
         raise ValueError(f"d_model belongs to the model, not to the entry {name!r} of pattern")
     return create(name, d_model=d_model, **options)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

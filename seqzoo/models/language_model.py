@@ -137,6 +137,9 @@ class LanguageModel(nn.Module):
             The logits after the last token of each, ``(B, V)`` or ``(S, V)``, and the state.
         """
         inputs = self._inputs(ids, cu_seqlens, None, None)
+        bounds = None if inputs.packing is None else inputs.packing.host
+        if ids.shape[1] == 0 or (bounds is not None and bool((bounds.diff() == 0).any())):
+            raise ValueError("a prompt must have at least one token, got an empty one")
         hidden, after, _ = self._hidden(inputs, None, True)
         if after is None:
             raise RuntimeError("the backbone returned no state although it was asked for one")

@@ -9,7 +9,7 @@ from torch import nn
 
 from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.gated_scan import gated_scan
-from seqzoo.kernels.gated_scan.op import CELLS
+from seqzoo.kernels.gated_scan.op import CELLS, check_range
 from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec
 from seqzoo.packing import Packing
 
@@ -34,9 +34,7 @@ class GatedCell(SequenceMixer):
         width = int(d_model * expand)
         if width < 1 or width != d_model * expand:
             raise ValueError(f"expand * d_model must be a positive integer, got {expand} * {d_model}")
-        lo, hi = map(float, gate_range)
-        if not -1.0 <= lo < hi <= 1.0:
-            raise ValueError(f"gate_range must satisfy -1 <= lo < hi <= 1, got {tuple(gate_range)}")
+        lo, hi = check_range(gate_range)
         project = width != d_model if output_projection is None else output_projection
         if not project and width != d_model:
             raise ValueError(f"output_projection=False needs expand=1, got expand={expand}")

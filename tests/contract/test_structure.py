@@ -153,9 +153,17 @@ def test_states_are_data(subject: Subject):
 
 def test_auxiliary_loss(subject: Subject):
     mixer = subject.make(torch.float32)
-    _y, _state, loss = mixer(inputs((2, 6, 16), torch.float32), return_auxiliary=True)
+    x = inputs((1, sum(FEW_LENGTHS), 16), torch.float32)
+    *_, loss = mixer(x, return_auxiliary=True)
     assert loss.shape == ()
+    assert loss.dtype == torch.float32
     assert torch.isfinite(loss)
+    *_, packed = mixer(x, cu_seqlens=boundaries(FEW_LENGTHS), return_auxiliary=True)
+    alone = [
+        (mixer(one, return_auxiliary=True)[2], one.shape[1]) for one in x.split(FEW_LENGTHS, dim=1) if one.shape[1]
+    ]
+    # a mean over tokens, whatever the lengths
+    torch.testing.assert_close(packed, sum(loss * length for loss, length in alone) / x.shape[1])
 
 
 def test_parameter_options_name_parameters(subject: Subject):
