@@ -55,6 +55,11 @@ def check_device(name: str, tensor: Tensor, activation: str, device: torch.devic
         raise ValueError(f"{name} is on {tensor.device}, {activation} on {device}; move one of them")
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record an op on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def check_finite(**tensors: Tensor | None) -> None:
     """Under ``seqzoo.ops.checks``: raises ValueError naming the first tensor that holds NaN or infinity, and where."""
     if not slot.checks or torch.compiler.is_compiling():

@@ -13,6 +13,7 @@ is an error that says why, never another implementation.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -82,6 +83,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@functools.cache
 def available(module: str) -> bool:
     """Whether a package can be imported, found without importing it."""
     return importlib.util.find_spec(module) is not None
@@ -145,6 +147,7 @@ def chosen(requested: str, *tensors: Tensor | None) -> str:
     return choose(present[0].device, wide, requested or None)[0]
 
 
+@functools.cache
 def implementation(op: str, name: str) -> ModuleType:
     """The module that holds one implementation of an op."""
     return importlib.import_module(f"seqzoo.kernels.{op}.{name}")

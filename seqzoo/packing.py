@@ -6,7 +6,6 @@ entry than there are sequences, runs from 0 to T. An empty sequence repeats an e
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,14 +16,16 @@ from torch.utils import _pytree as pytree
 
 def check_values(cu_seqlens: Tensor, total: int) -> None:
     """Raises ValueError unless ``cu_seqlens`` (on the host) runs from 0 to ``total`` without descending."""
-    values = cu_seqlens.tolist()
-    if values[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {values[0]}")
-    for index, (start, end) in enumerate(itertools.pairwise(values)):
-        if end < start:
-            raise ValueError(f"cu_seqlens must not descend, got {start} then {end} at entries {index} and {index + 1}")
-    if values[-1] != total:
-        raise ValueError(f"cu_seqlens must end at the number of tokens, {total}, got {values[-1]}")
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {first}")
+    falls = cu_seqlens[1:] < cu_seqlens[:-1]
+    if bool(falls.any()):
+        index = int(falls.nonzero()[0])
+        start, end = cu_seqlens[index : index + 2].tolist()
+        raise ValueError(f"cu_seqlens must not descend, got {start} then {end} at entries {index} and {index + 1}")
+    if last != total:
+        raise ValueError(f"cu_seqlens must end at the number of tokens, {total}, got {last}")
 
 
 def check_form(cu_seqlens: Tensor, batch: int, device: torch.device) -> None:

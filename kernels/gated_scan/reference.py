@@ -15,13 +15,14 @@ from seqzoo.kernels.linear_scan import reference
 def logit(raw: Sequence[Tensor]) -> Tensor:
     """The logit of the new value's weight z, from the gates' projections.
 
-    minLSTM's normalised input gate is the sigmoid of one logit too, ``f / i = exp(softplus(-i) - softplus(-f))`` with
-    the raw projections on the right, which is exact where both gates are near zero.
+    minLSTM's normalised input gate is the sigmoid of one logit too, that of ``i / f``, whose logarithm is exact where
+    both gates are near zero.
     """
     if len(raw) == 1:
         return raw[0]
     forget, enter = raw
-    return torch.nn.functional.softplus(-forget) - torch.nn.functional.softplus(-enter)
+    # not through softplus, which PyTorch rounds to its argument above 20
+    return torch.nn.functional.logsigmoid(enter) - torch.nn.functional.logsigmoid(forget)
 
 
 def gates(x: Tensor, cell: str, lo: float, hi: float) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,9 @@ class TestLinearScan:
 
         def call():
             h, found = torch.zeros_like(b[:, 0]), []
-            for t in range(shape[1]):
-                h = torch.addcmul(b[:, t], a[:, t], h)
+            # unbound once: indexing a[:, t] would cost its backward pass a full-sized gradient a token
+            for factor, addend in zip(a.unbind(1), b.unbind(1), strict=True):
+                h = torch.addcmul(addend, factor, h)
                 found.append(h)
             return torch.stack(found, 1)
 
@@ -80,15 +81,14 @@ class TestLinearScan:
     def test_associative_scan(self, measure, device, shape, backward):
         from torch._higher_order_ops.associative_scan import associative_scan
 
-        if backward:
-            pytest.skip("PyTorch's associative_scan has no backward pass in eager mode")
-        a, b, _ = tensors(shape, device, False)
+        a, b, weight = tensors(shape, device, backward)
 
         def combine(first, second):
             return first[0] * second[0], second[0] * first[1] + second[1]
 
+        call = lambda: associative_scan(combine, (a, b), dim=1, combine_mode="generic")[1]  # noqa: E731
         measure(
-            lambda: associative_scan(combine, (a, b), dim=1, combine_mode="generic")[1],
+            with_backward(call, (a, b), weight) if backward else call,
             group=self.group(shape, backward),
             name="PyTorch associative_scan",
             role="peer",

@@ -63,4 +63,5 @@ def test_decoding(measure, device, name, position):
             name=f"after {position:,} tokens",
             role="limit" if position == 0 else "seqzoo",
             seconds=0.5,
+            warm=True,
         )
