@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.checks import accumulator
-from seqzoo.kernels.dispatch import check_boundaries
 from seqzoo.kernels.launch import Device, Example, Launch, properties, run
 from seqzoo.kernels.linear_scan.gpu_kernels import backward_kernel, forward_kernel, summary_kernel
 from seqzoo.kernels.linear_scan.op import CHUNK
@@ -182,7 +181,6 @@ def plan_forward(
     """
     b = source.b
     batch, total, _ = b.shape
-    check_boundaries(cu_seqlens, total)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     plan = layout(batch, total, width, sequences, b.dtype, source.cell == "min_lstm", properties(b.device))
     states = accumulator(b.dtype)

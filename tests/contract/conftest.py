@@ -27,6 +27,10 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 def dtype(request: pytest.FixtureRequest, device: torch.device):
     """The dtype of a test that runs on every implementation; the implementation is switched on around the test."""
     name, dtype = request.param
+    subject = request.getfixturevalue("subject")
+    wrapped = subject.label.startswith(("bidirectional", "plain"))
+    if name == "gpu" and device.type == "cpu" and wrapped and not request.config.getoption("--slow"):
+        pytest.skip("slow: it has no kernel of its own, and the interpreter takes seconds a test; run with --slow")
     if name == "reference" and "compile" in request.node.nodeid:
         pytest.skip("the reference is a Python loop over time: tracing it would unroll the loop for one length")
     reason = dispatch.obstacle(name, device, dtype in dispatch.WIDE)
