@@ -44,8 +44,10 @@ def backward(
         grad_h, grad_final_state, a, b, initial_state, h, chunk_states, cu_seqlens, reverse
     )
     *raw, value = x.to(a.dtype).chunk(CELLS[cell], dim=-1)
-    z = torch.sigmoid(logit(raw))
-    grad_logit = (grad_b * value - (hi - lo) * grad_a) * z * (1 - z)
+    weight = logit(raw)
+    # 1 - z would cancel where the gate is open
+    z, rest = torch.sigmoid(weight), torch.sigmoid(-weight)
+    grad_logit = (grad_b * value - (hi - lo) * grad_a) * z * rest
     if cell == "min_lstm":
         forget, enter = raw
         parts = (-torch.sigmoid(-forget) * grad_logit, torch.sigmoid(-enter) * grad_logit)
