@@ -173,7 +173,8 @@ class _GatedScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_h: Tensor, grad_final_state: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore - torch types no arity
+        grad_h, grad_final_state = gradients
         x, initial_state, h, chunk_states, cu_seqlens = ctx.saved_tensors
         grad_x, grad_state = _backward(
             grad_h, grad_final_state, x, initial_state, h, chunk_states, cu_seqlens, *ctx.options

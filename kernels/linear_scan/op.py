@@ -195,7 +195,8 @@ class _LinearScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_h: Tensor, grad_final_state: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore - torch types no arity
+        grad_h, grad_final_state = gradients
         a, b, initial_state, h, chunk_states, cu_seqlens = ctx.saved_tensors
         grad_a, grad_b, grad_state = _backward(
             grad_h, grad_final_state, a, b, initial_state, h, chunk_states, cu_seqlens, ctx.reverse, ctx.backend
