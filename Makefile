@@ -8,7 +8,7 @@ MINUTES ?= 5
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: train test bench bench-peers lint
+.PHONY: train test bench lint
 
 .venv/created: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("SeqZoo needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; pass PYTHON=python3.11") if sys.version_info < (3, 10) else None'

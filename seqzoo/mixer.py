@@ -293,7 +293,7 @@ class SequenceMixer(nn.Module):
                 parameter.data = parameter.data.float()
 
 
-def fork(state: State | list[State], n: int) -> Any:
+def fork(state: State | list[State] | tuple[State, ...], n: int) -> Any:
     """Continues every sequence of a state ``n`` times: row i becomes rows ``i * n`` to ``i * n + n - 1``, copied.
 
     Takes a mixer's state or a model's list of them.
