@@ -42,6 +42,8 @@ COLUMNS = 32
 # a page of float32: threads that share one fetch each other's part ahead, which doubles the time
 PAGE = 1024
 
+# what NumPy has in place of the 16-bit floats
+_STAND_INS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 # in a forked child the process is another
@@ -131,10 +133,9 @@ def array(tensor: Tensor) -> np.ndarray:
     """The memory of a contiguous tensor as a flat array; bfloat16 as uint16 and float16 as int16."""
     if tensor.requires_grad:
         tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    elif tensor.dtype == torch.float16:
-        tensor = tensor.view(torch.int16)
+    stand_in = _STAND_INS.get(tensor.dtype)
+    if stand_in is not None:
+        tensor = tensor.view(stand_in)
     return tensor.numpy().reshape(-1)
 
 

@@ -7,7 +7,9 @@ command does: with its defaults every large output is mapped and faulted anew, w
 
 from __future__ import annotations
 
+import itertools
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +20,8 @@ import torch
 from seqzoo.train.allocator import keep_freed_memory
 
 RESULTS = Path(".benchmarks")
-# float32 numbers, 128 MB: more than the last-level cache holds
-CACHE = 1 << 25
+# bytes; several times what a last-level cache holds
+CACHE = 1 << 27
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,32 +44,52 @@ def poisoned_memory():
 def measure(benchmark, device: torch.device):
     """Measures a callable in a group under a role: ``limit``, ``seqzoo`` or ``peer``.
 
-    On the CPU, unless ``warm``, the caches are emptied before every round: repeated on the same few megabytes an
-    addition would run at the speed of the cache, which no layer of a model sees.
+    Takes what *makes* the callable, with tensors of its own, and what makes the limit's, which is then called before
+    every round: the speed of a shared machine's memory changes within seconds, the ratio of neighbours does not.
+
+    As many are made and called in turn as together exceed the CPU's caches: repeated on the same few megabytes an
+    addition would run at the speed of the cache, which no layer of a model sees. ``nbytes`` is what one call's tensors
+    hold; without it there is a single one, called again and again.
     """
-    sweep = torch.zeros(CACHE if device.type == "cpu" else 0)
 
     def run(
-        call: Callable[[], object], *, group: str, name: str, role: str, seconds: float = 2.0, warm: bool = False
+        make: Callable[[], Callable[[], object]],
+        *,
+        group: str,
+        name: str,
+        role: str,
+        limit: Callable[[], Callable[[], object]] | None = None,
+        nbytes: int | None = None,
+        seconds: float = 2.0,
     ) -> None:
-        def synchronised() -> None:
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+        copies = 1 if nbytes is None or device.type != "cpu" else -(-CACHE // nbytes)
 
-        for _ in range(2):
-            synchronised()
-        started = time.perf_counter()
-        synchronised()
-        once = time.perf_counter() - started
+        def rotation(make: Callable[[], Callable[[], object]]) -> Callable[[], float]:
+            turn = itertools.cycle([make() for _ in range(copies)])
+
+            def synchronised() -> float:
+                call = next(turn)
+                started = time.perf_counter()
+                call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                return time.perf_counter() - started
+
+            return synchronised
+
+        measured, beside = rotation(make), None if limit is None else rotation(limit)
+        for _ in range(2 * copies):
+            once = measured()
+        of_limit: list[float] = []
+
+        def measure_limit() -> None:
+            if beside is not None:
+                of_limit.append(beside())
+
         benchmark.group = group
-        benchmark.extra_info.update(name=name, role=role)
-
-        def empty_caches() -> None:
-            sweep.sum()  # read alone: lines that were written would be written back during the round
-
-        rounds = max(3, min(200, int(seconds / max(once, 1e-9))))
-        benchmark.pedantic(synchronised, setup=None if warm else empty_caches, rounds=rounds)
+        rounds = max(3, min(400, int(seconds / max(once, 1e-9))))
+        benchmark.pedantic(measured, setup=measure_limit, rounds=rounds)
+        benchmark.extra_info.update(name=name, role=role, limit=statistics.median(of_limit) if of_limit else None)
 
     return run
 
@@ -77,16 +99,22 @@ def _table(benchmarks: list) -> list[str]:
     for one in benchmarks:
         if "role" in one.extra_info:
             groups.setdefault(one.group, []).append(one)
-    lines = ["| what | who | median | of the limit | seqzoo is faster by |", "|---|---|---|---|---|"]
+    lines = ["| what | who | median | of the limit beside it | seqzoo is faster by |", "|---|---|---|---|---|"]
     for group, entries in groups.items():
-        limit = next((e.stats.median for e in entries if e.extra_info["role"] == "limit"), None)
-        ours = next((e.stats.median for e in entries if e.extra_info["role"] == "seqzoo"), None)
+        ours = next((_ratio(e) or e.stats.median for e in entries if e.extra_info["role"] == "seqzoo"), None)
         for entry in sorted(entries, key=lambda e: e.stats.median):
-            median, role = entry.stats.median, entry.extra_info["role"]
-            times = f"{median / limit:.2f}x" if limit else ""
-            faster = f"{median / ours:.1f}x" if ours and role == "peer" else ""
-            lines.append(f"| {group} | {entry.extra_info['name']} | {median * 1e3:.3f} ms | {times} | {faster} |")
+            ratio, name = _ratio(entry), entry.extra_info["name"]
+            times = f"{ratio:.2f}x" if ratio else ""
+            faster = (
+                f"{(ratio or entry.stats.median) / ours:.1f}x" if ours and entry.extra_info["role"] == "peer" else ""
+            )
+            lines.append(f"| {group} | {name} | {entry.stats.median * 1e3:.3f} ms | {times} | {faster} |")
     return lines
+
+
+def _ratio(entry) -> float | None:
+    limit = entry.extra_info["limit"]
+    return entry.stats.median / limit if limit else None
 
 
 def _picture(benchmarks: list, path: Path) -> None:
