@@ -10,6 +10,7 @@ from seqzoo.kernels.dispatch import slot
 REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex128, torch.complex64)
 HALF = (torch.bfloat16, torch.float16)
+COMPLEX_OF = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -33,6 +34,14 @@ def check_parameter(name: str, tensor: Tensor, activation: str, dtype: torch.dty
     if tensor.dtype not in allowed:
         words = " or ".join(dict.fromkeys(map(_short, allowed)))
         raise TypeError(f"{name} must be {words} beside {activation} of {_short(dtype)}, got {_short(tensor.dtype)}")
+
+
+def check_same(name: str, tensor: Tensor, activation: str, dtype: torch.dtype) -> None:
+    """Raises TypeError unless ``tensor`` is an activation of ``dtype``, as another one is."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {_short(dtype)} beside {activation}, got {_short(tensor.dtype)}")
 
 
 def check_shape(name: str, tensor: Tensor, *expected: tuple[int, ...], of: str) -> None:
@@ -69,6 +78,16 @@ def check_finite(**tensors: Tensor | None) -> None:
             continue
         index = tuple(int(i) for i in torch.nonzero(~torch.isfinite(tensor))[0])
         raise ValueError(f"{name} must be finite, got {tensor[index].item()} at index {index}")
+
+
+def check_sign(name: str, tensor: Tensor | None) -> None:
+    """Under ``seqzoo.ops.checks``: raises ValueError where a decay's real part is positive, beyond a slack of 1e-5."""
+    if tensor is None or not slot.checks or torch.compiler.is_compiling():
+        return
+    real = tensor.real if tensor.is_complex() else tensor
+    if bool((real > 1e-5).any()):
+        index = tuple(int(i) for i in torch.nonzero(real > 1e-5)[0])
+        raise ValueError(f"{name} must not be positive, got {real[index].item()} at index {index}")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -57,6 +57,15 @@ def function(body: Callable[..., Any]) -> Any:
     return _numba().njit(**_OPTIONS)(body)
 
 
+def reduction(body: Callable[..., Any]) -> Any:
+    """As :func:`function`, but sums may be taken in any order, in which they vectorise.
+
+    The compiler settles that order, so the bits stay the same; a function that relies on rounding (``exp``) does not
+    belong into one.
+    """
+    return _numba().njit(**_OPTIONS | {"fastmath": {"contract", "reassoc"}})(body)
+
+
 def kernel(body: Callable[..., Any]) -> Kernel:
     """Makes a kernel of a module's function; a closure over compiled functions would defeat the cache on disk."""
     return Kernel(body)
@@ -173,7 +182,7 @@ def _tasks(bounds: np.ndarray, width: int, threads: int) -> np.ndarray:
     candidates = []
     for blocks in {most, *(2**power for power in range(most.bit_length()))}:
         columns = -(-width // (blocks * COLUMNS)) * COLUMNS
-        groups = _groups(bounds, threads // blocks)
+        groups = cut_rows(bounds, threads // blocks)
         # a row costs its columns, and as much as COLUMNS more to begin it
         cost = int(np.diff(bounds[groups]).max()) * (columns + COLUMNS)
         candidates.append((2 * cost if blocks > 1 and columns < PAGE else cost, columns, groups))
@@ -186,8 +195,8 @@ def _tasks(bounds: np.ndarray, width: int, threads: int) -> np.ndarray:
     return np.array(tasks, dtype=np.int64)
 
 
-def _groups(bounds: np.ndarray, groups: int) -> np.ndarray:
-    """Cuts the sequences into at most so many groups of neighbours, of about as many rows each."""
+def cut_rows(bounds: np.ndarray, groups: int) -> np.ndarray:
+    """Cuts the sequences into at most so many groups of neighbours, of about as many rows each: where each begins."""
     ideal = np.arange(1, groups) * (bounds[-1] / groups)
     above = np.searchsorted(bounds, ideal)
     below = np.maximum(above - 1, 0)

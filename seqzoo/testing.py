@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from seqzoo import ops
 from seqzoo.kernels import dispatch
-from seqzoo.kernels.checks import HALF, accumulator
+from seqzoo.kernels.checks import COMPLEX_OF, HALF, accumulator
 from seqzoo.layers import Bidirectional
 from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec, create, list_mixers, registration
 from seqzoo.packing import Packing
@@ -191,6 +191,118 @@ def gated_scan_case(
     )
 
 
+def causal_conv_case(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int] = (2, 67, 5),
+    *,
+    taps: int = 4,
+    bias: bool = True,
+    activation: str | None = "silu",
+    lengths: Sequence[int] | None = None,
+    state: bool = True,
+    weight_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> OpCase:
+    """Inputs of :func:`seqzoo.ops.causal_conv`; with ``lengths`` packed, the shape's B and T are then theirs."""
+    g = torch.Generator().manual_seed(seed)
+    batch, total, width = shape if lengths is None else (1, sum(lengths), shape[2])
+    rows = batch if lengths is None else len(lengths)
+    x, before = (2 * _uniform(g, *extent) - 1 for extent in ((batch, total, width), (rows, taps - 1, width)))
+    weight, offset = 2 * _uniform(g, width, taps) - 1, _uniform(g, width) - 0.5
+    tensors = {
+        "x": x.to(dtype),
+        "weight": weight.to(weight_dtype or dtype),
+        "bias": offset.to(weight_dtype or dtype) if bias else None,
+        "initial_state": before.to(dtype) if state else None,
+    }
+    words = ["packed" if lengths is not None else f"{shape}", f"W={taps}", str(activation), "bias" if bias else ""]
+    words += ["state" if state else "", str(dtype).split(".")[1]]
+    options = {"activation": activation, "cu_seqlens": None if lengths is None else boundaries(lengths)}
+    return OpCase("causal_conv", " ".join(filter(None, words)), tensors, options)
+
+
+def selective_scan_case(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int] = (2, 67, 6),
+    *,
+    size: int = 4,
+    groups: int | None = None,
+    lengths: Sequence[int] | None = None,
+    transition: str = "exponential",
+    complex_decay: bool = False,
+    softplus: bool = True,
+    optional: bool = True,
+    step_dtype: torch.dtype | None = None,
+    decay: float = 1.0,
+    steps: tuple[float, float] | None = None,
+    seed: int = 0,
+) -> OpCase:
+    """Inputs of :func:`seqzoo.ops.selective_scan`.
+
+    ``groups`` None gives B and C without groups; ``optional`` False leaves D, z, the bias and the state away; ``decay``
+    is the greatest rate of decay a unit of the step; ``steps`` the range of delta, where not the usual one.
+    """
+    g = torch.Generator().manual_seed(seed)
+    batch, total, width = shape if lengths is None else (1, sum(lengths), shape[2])
+    rows = batch if lengths is None else len(lengths)
+    accumulate = accumulator(dtype)
+    number = COMPLEX_OF[accumulate] if complex_decay else dtype
+
+    def drawn(*extent: int, kind: torch.dtype) -> Tensor:
+        value = 2 * _uniform(g, *extent) - 1
+        return (torch.complex(value, 2 * _uniform(g, *extent) - 1) if kind.is_complex else value).to(kind)
+
+    projected = (batch, total, size) if groups is None else (batch, total, groups, size)
+    low, high = steps or ((-2.0, 1.0) if softplus else (0.0, 1.0))
+    delta = low + (high - low) * _uniform(g, batch, total, width)
+    A = -decay * _uniform(g, width, size)
+    if complex_decay:
+        A = torch.complex(A, 6 * _uniform(g, width, size) - 3)
+    tensors: dict[str, Tensor | None] = {
+        "u": drawn(batch, total, width, kind=dtype),
+        "delta": delta.to(step_dtype or dtype),
+        "A": None if transition == "longhorn" else A.to(COMPLEX_OF[accumulate] if complex_decay else accumulate),
+        "B": drawn(*projected, kind=number),
+        "C": drawn(*projected, kind=number),
+        "D": drawn(width, kind=accumulate),
+        "z": drawn(batch, total, width, kind=dtype),
+        "delta_bias": 0.1 * drawn(width, kind=accumulate),
+        "initial_state": drawn(rows, width, size, kind=accumulator(number)),
+    }
+    if not optional:
+        tensors |= dict.fromkeys(("D", "z", "delta_bias", "initial_state"))
+    options = {
+        "transition": transition,
+        "delta_softplus": softplus,
+        "cu_seqlens": None if lengths is None else boundaries(lengths),
+    }
+    words = [transition, "complex" if complex_decay else "", "packed" if lengths is not None else f"{shape}"]
+    words += [f"N={size}", "" if groups is None else f"G={groups}", "all" if optional else "plain"]
+    words += ["" if steps is None else f"steps={steps}"]
+    words += ["softplus" if softplus else "", "" if decay == 1 else f"decay={decay}", str(dtype).split(".")[1]]
+    words += ["fp32 step" if step_dtype == torch.float32 else ""]
+    return OpCase("selective_scan", " ".join(filter(None, words)), tensors, options)
+
+
+def selective_scan_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``selective_scan``: both transitions, complex A, groups, packed, without the optional arguments."""
+    if dtype.is_complex:
+        return
+    for transition in ("exponential", "longhorn"):
+        yield selective_scan_case(dtype, transition=transition)
+        yield selective_scan_case(dtype, transition=transition, lengths=LENGTHS, groups=2)
+        yield selective_scan_case(dtype, (3, 130, 9), transition=transition, size=5, softplus=False, optional=False)
+    yield selective_scan_case(dtype, complex_decay=True)
+    yield selective_scan_case(dtype, complex_decay=True, lengths=LENGTHS, groups=3, size=3, optional=False)
+    yield selective_scan_case(dtype, (1, 70, 34), size=16, decay=30.0)
+    yield selective_scan_case(dtype, (1, 70, 130), size=3, steps=(-60.0, 30.0))
+    yield selective_scan_case(dtype, (1, 70, 34), size=3, steps=(-0.1, 0.1), softplus=False)
+    for shape in ((1, 1, 3), (2, 0, 3), (1, 64, 130), (0, 4, 3), (2, 3, 0)):
+        yield selective_scan_case(dtype, shape, size=2)
+    if dtype in HALF:
+        yield selective_scan_case(dtype, step_dtype=torch.float32)
+
+
 def linear_scan_cases(dtype: torch.dtype) -> Iterator[OpCase]:
     """The forms of ``linear_scan``: dense and packed, both directions, a in time or not, with and without state."""
     for reverse in (False, True):
@@ -217,9 +329,27 @@ def gated_scan_cases(dtype: torch.dtype) -> Iterator[OpCase]:
             yield gated_scan_case(dtype, shape, cell=cell, state=False)
 
 
+def causal_conv_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``causal_conv``: few and many taps, dense and packed, sequences shorter than the state."""
+    if dtype.is_complex:
+        return
+    for taps in (2, 4, 8):
+        yield causal_conv_case(dtype, taps=taps)
+        yield causal_conv_case(dtype, taps=taps, activation=None, bias=False, state=False)
+        yield causal_conv_case(dtype, taps=taps, lengths=LENGTHS)
+    yield causal_conv_case(dtype, taps=3, lengths=LENGTHS, activation=None, bias=False)
+    yield causal_conv_case(dtype, taps=5, lengths=LENGTHS, state=False)
+    for shape in ((1, 1, 3), (2, 0, 3), (1, 64, 130), (0, 4, 3), (2, 3, 0)):
+        yield causal_conv_case(dtype, shape)
+    if dtype in HALF:
+        yield causal_conv_case(dtype, weight_dtype=torch.float32)
+
+
 OP_CASES: dict[str, Callable[[torch.dtype], Iterator[OpCase]]] = {
     "linear_scan": linear_scan_cases,
     "gated_scan": gated_scan_cases,
+    "causal_conv": causal_conv_cases,
+    "selective_scan": selective_scan_cases,
 }
 
 

@@ -103,6 +103,23 @@ def scan(
     return _scan(a, b, state, cu_seqlens)
 
 
+def double(a: Tensor, b: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """Composes every token's recurrence with those of the ``reach`` tokens before it.
+
+    Args:
+        a: Factors, ``(..., C, D)``.
+        b: Addends, alike.
+        reach: int64 ``(..., C)``, at most the token's place; of neighbours of a sequence each has one more.
+    """
+    step = 1
+    while step < a.shape[-2]:
+        connected = (reach >= step)[..., None]
+        b = torch.where(connected, b + a * b.roll(step, -2), b)
+        a = torch.where(connected, a * a.roll(step, -2), a)
+        step *= 2
+    return a, b
+
+
 def _scan(a: Tensor, b: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, total, _ = b.shape
     if cu_seqlens is None:
@@ -115,13 +132,7 @@ def _scan(a: Tensor, b: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tup
     a, b = (pad(value, (0, 0, 0, padded - total)).unflatten(1, (-1, CHUNK)) for value in (a, b))  # (B, n, C, D)
     place = torch.arange(CHUNK, device=b.device)
     positions = pad(positions, (0, padded - total)).unflatten(0, (-1, CHUNK))  # (n, C)
-    reach = torch.minimum(positions, place)
-    step = 1
-    while step < CHUNK:
-        connected = (reach >= step)[None, :, :, None]
-        b = torch.where(connected, b + a * b.roll(step, 2), b)
-        a = torch.where(connected, a * a.roll(step, 2), a)
-        step *= 2
+    a, b = double(a, b, torch.minimum(positions, place))
     continues = (positions > place)[None, :, :, None]  # the token's sequence began before its chunk
     if cu_seqlens is not None:
         entering = pad(entering, (0, 0, 0, padded - total)).unflatten(1, (-1, CHUNK))

@@ -94,12 +94,37 @@ def layout(
     """
     # a row of a program is one line of 128 bytes in 16 bits and in 32: 4 bytes a thread; 8 where values are complex
     block = device.warp * (2 if dtype.itemsize == 2 and not crowded else 1)
-    programs = -(-width // block) * (batch if sequences is None else 1)
+    return cut(batch, total, sequences, -(-width // block), block, device)
+
+
+def cut(
+    batch: int,
+    total: int,
+    sequences: int | None,
+    columns: int,
+    block: int,
+    device: Device,
+    filled: int = FILLED,
+    wanted: int = WANTED,
+) -> Layout:
+    """Sequences whole where they fill the device, else in as many segments as that takes.
+
+    Args:
+        batch: B.
+        total: T.
+        sequences: Their number when packed, else None.
+        columns: Programs beside one another.
+        block: Channels of a program.
+        device: What it is for.
+        filled: Programs a processor above which sequences stay whole.
+        wanted: Programs a processor to aim at when cutting.
+    """
+    programs = columns * (batch if sequences is None else 1)
     segment = _round_up(max(total, 1))
     if _forced:
         segment = _forced[-1]
-    elif 0 < programs < FILLED * device.processors:
-        parts = min(-(-WANTED * device.processors // programs), MOST_SEGMENTS)
+    elif 0 < programs < filled * device.processors:
+        parts = min(-(-wanted * device.processors // programs), MOST_SEGMENTS)
         segment = min(segment, _round_up(max(-(-total // parts), SHORTEST)))
     split = total > segment
     if sequences is not None:
@@ -118,15 +143,16 @@ def _round_up(tokens: int) -> int:
     return -(-tokens // CHUNK) * CHUNK
 
 
-def _real(tensor: Tensor | None) -> Tensor | None:
+def as_real(tensor: Tensor | None) -> Tensor | None:
+    """A complex tensor as pairs, another one as it is."""
     return torch.view_as_real(tensor) if tensor is not None and tensor.is_complex() else tensor
 
 
 def _common(source: Source, width: int, cu_seqlens: Tensor | None, reverse: bool, plan: Layout) -> dict[str, Any]:
     """The arguments that all kernels take."""
     return {
-        "p_a": _real(source.a),
-        "p_b": _real(source.b),
+        "p_a": as_real(source.a),
+        "p_b": as_real(source.b),
         "p_cu": cu_seqlens,
         "T": source.b.shape[1],
         "S": 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
@@ -150,11 +176,11 @@ def _summaries(
     if not plan.split:
         return {"p_factors": None, "p_addends": None}, []
     factors, addends = states.new_empty((2, plan.slots, states.shape[1])).unbind()
-    buffers = {"p_factors": _real(factors), "p_addends": _real(addends)}
+    buffers = {"p_factors": as_real(factors), "p_addends": as_real(addends)}
     arguments = {
         **common,
         **buffers,
-        "p_grad_h": _real(grad_h),
+        "p_grad_h": as_real(grad_h),
         "ADJOINT": grad_h is not None,
         "ROWS": _rows(source, True),
     }
@@ -194,10 +220,10 @@ def plan_forward(
     arguments = {
         **common,
         **buffers,
-        "p_initial": _real(initial_state),
-        "p_h": _real(h),
-        "p_final": _real(final_state),
-        "p_chunks": _real(chunk_states),
+        "p_initial": as_real(initial_state),
+        "p_h": as_real(h),
+        "p_final": as_real(final_state),
+        "p_chunks": as_real(chunk_states),
         "ROWS": _rows(source, False),
     }
     reads = (*_distinct(source), initial_state)
@@ -234,12 +260,12 @@ def plan_backward(
     arguments = {
         **common,
         **buffers,
-        "p_grad_h": _real(grad_h),
-        "p_grad_final": _real(grad_final_state),
-        "p_chunks": _real(chunk_states),
-        "p_grad_a": _real(grad_a),
-        "p_grad_b": _real(grad_b),
-        "p_grad_initial": _real(grad_state),
+        "p_grad_h": as_real(grad_h),
+        "p_grad_final": as_real(grad_final_state),
+        "p_chunks": as_real(chunk_states),
+        "p_grad_a": as_real(grad_a),
+        "p_grad_b": as_real(grad_b),
+        "p_grad_initial": as_real(grad_state),
         "ROWS": _rows(source, True),
     }
     reads = (*_distinct(source), grad_h, grad_final_state, chunk_states)

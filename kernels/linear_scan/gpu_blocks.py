@@ -14,13 +14,13 @@ import triton.language as tl
 
 @triton.jit
 def load_state(p, row, D, o_d, COMPLEX: tl.constexpr):
-    """One row of states, or of factors that do not depend on time."""
+    """One row of states, or of factors that do not depend on time; zero in channels that do not exist."""
     m_d = o_d < D
     if COMPLEX:
-        pair = tl.load(p + row * D * 2 + 2 * o_d[:, None] + tl.arange(0, 2)[None, :], mask=m_d[:, None])  # [BD, 2]
-        return tl.split(pair)
+        p_row = p + row * D * 2 + 2 * o_d[:, None] + tl.arange(0, 2)[None, :]  # [BD, 2]
+        return tl.split(tl.load(p_row, mask=m_d[:, None], other=0.0))
     else:
-        value = tl.load(p + row * D + o_d, mask=m_d)
+        value = tl.load(p + row * D + o_d, mask=m_d, other=0.0)
         return value, value
 
 
@@ -180,6 +180,22 @@ def retreat(values, gradients, states, carry, carry_im, room, COMPLEX: tl.conste
 
 
 @triton.jit
+def apply_summary(factor, addend, h, h_im, COMPLEX: tl.constexpr):
+    """The state after a segment, of the one before it and the segment's summary."""
+    a, a_im = factor
+    b, b_im = addend
+    # the product over a long segment may overflow where the state that it meets is exactly zero
+    if COMPLEX:
+        still = (h == 0) & (h_im == 0)
+        x = tl.where(still, 0.0, a * h - a_im * h_im) + b
+        x_im = tl.where(still, 0.0, a * h_im + a_im * h) + b_im
+        return x, x_im
+    else:
+        x = tl.where(h == 0, 0.0, a * h) + b
+        return x, x
+
+
+@triton.jit
 def compose(p_factors, p_addends, slot, step, count, D, o_d, h, h_im, COMPLEX: tl.constexpr, ROWS: tl.constexpr):
     """Carries a state through ``count`` segments by their summaries, from ``slot`` in steps of 1 or -1."""
     for k in range(0, count, ROWS):
@@ -187,16 +203,9 @@ def compose(p_factors, p_addends, slot, step, count, D, o_d, h, h_im, COMPLEX: t
         factors = load_rows(p_factors, slot + step * k, step, room, D, o_d, COMPLEX, ROWS)
         addends = load_rows(p_addends, slot + step * k, step, room, D, o_d, COMPLEX, ROWS)
         for r in tl.static_range(ROWS):
-            a, a_im = factors[r]
-            b, b_im = addends[r]
-            # the product over a long segment may overflow where the state that it meets is exactly zero
+            x, x_im = apply_summary(factors[r], addends[r], h, h_im, COMPLEX)
             if COMPLEX:
-                still = (h == 0) & (h_im == 0)
-                x = tl.where(still, 0.0, a * h - a_im * h_im) + b
-                x_im = tl.where(still, 0.0, a * h_im + a_im * h) + b_im
                 h_im = tl.where(room > r, x_im, h_im)
-            else:
-                x = tl.where(h == 0, 0.0, a * h) + b
             h = tl.where(room > r, x, h)
     return h, h_im
 

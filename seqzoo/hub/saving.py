@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from seqzoo.hub.files import atomic_folder, previous
-from seqzoo.kernels.checks import HALF
+from seqzoo.kernels.checks import REAL
 from seqzoo.mixer import SequenceMixer
 from seqzoo.models.registry import model_class, model_name
 
@@ -41,21 +42,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     name = model_name(model)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES)
-        if others:
-            raise FileExistsError(
-                f"saving replaces the whole folder {folder}, and it holds {', '.join(others[:3])}; choose another"
-            )
     config: Any = model.config
-    text = json.dumps({"model": name, **config.to_dict()}, indent=2) + "\n"
-    tensors = {names[0]: tensor.detach().contiguous() for names, tensor in _tensors(model)}
-    with atomic_folder(folder, what=f"the checkpoint of a {type(model).__name__}") as temporary:
-        (temporary / CONFIG).write_text(text, encoding="utf-8")
-        write_tensors(tensors, temporary / WEIGHTS)
-        # safetensors gives its files to the owner alone
-        shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)
+    write_checkpoint(model, {"model": name, **config.to_dict()}, path)
 
 
 def from_pretrained(
@@ -82,20 +70,21 @@ def from_pretrained(
         ValueError: If a file is damaged, or does not fit this version or the model that it describes.
         ImportError: If the Hub is meant and huggingface_hub is not installed.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
-    folder = _locate(path_or_hub_id)
+    check_dtype(dtype)
+    folder = locate(path_or_hub_id)
     for name in FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; a checkpoint is a folder of {' and '.join(FILES)}")
-    # non-persistent buffers come from reset_parameters; the caller's random numbers must not move
-    with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            model = _build(folder / CONFIG)
-        model.to_empty(device="cpu")
-        model.reset_parameters()
-    _fill(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    weights = folder / WEIGHTS
+    model = assemble(lambda: _build(folder / CONFIG), lambda: read_tensors(weights), weights)
+    # which widens fp32_parameters also where there is nothing else to do
     return model.to(device=device, dtype=dtype).eval()
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises TypeError unless parameters can have the dtype."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -122,7 +111,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, path)
+        # transformers wants to be told whose tensors they are
+        save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -146,6 +136,82 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
+def write_checkpoint(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    rename: Callable[[str], str] = str,
+) -> None:
+    """Writes a model's tensors, under names of its own or others, beside a description, as one folder or not at all.
+
+    Args:
+        model: The model.
+        config: What becomes ``config.json``.
+        path: The folder.
+        rename: The name of a tensor in the file, of that in the model.
+
+    Raises:
+        FileExistsError: If the folder holds anything but a checkpoint, which replacing it would delete.
+        OSError: If writing fails.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES)
+        if others:
+            raise FileExistsError(
+                f"saving replaces the whole folder {folder}, and it holds {', '.join(others[:3])}; choose another"
+            )
+    text = json.dumps(config, indent=2) + "\n"
+    tensors = {rename(names[0]): tensor.detach().contiguous() for names, tensor in _tensors(model)}
+    with atomic_folder(folder, what=f"the checkpoint of a {type(model).__name__}") as temporary:
+        (temporary / CONFIG).write_text(text, encoding="utf-8")
+        write_tensors(tensors, temporary / WEIGHTS)
+        # safetensors gives its files to the owner alone
+        shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)
+
+
+def assemble(
+    build: Callable[[], Any],
+    read: Callable[[], Mapping[str, Tensor]],
+    source: Path,
+    rename: Callable[[str], str] = str,
+) -> Any:
+    """Builds a model of stored tensors, all in the dtypes that they have there.
+
+    Args:
+        build: Builds the model; called on the meta device.
+        read: Reads the tensors by their names in the file, which are copied.
+        source: The file, for messages.
+        rename: The name of a tensor in the file, of that in the model.
+
+    Raises:
+        ValueError: If tensors are missing, unexpected or misshapen; the message has all of them.
+    """
+    # the caller's random numbers must not move
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            model = build()
+        if any(name not in model.state_dict() for name, _ in model.named_buffers()):
+            # buffers that no file holds come from the initialisation, which else would only cost time and memory
+            model.to_empty(device="cpu")
+            model.reset_parameters()
+    _fill(model, read(), source, rename)
+    return model
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        TypeError: If the text is another JSON value.
+        ValueError: If it is no JSON.
+    """
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise TypeError(f"a model's description is a JSON object, got {type(values).__name__}")
+    return values
+
+
 def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     """Every parameter and saved buffer of the model with all its names; tied ones have several."""
     groups: dict[int, tuple[list[str], Tensor]] = {}
@@ -156,51 +222,60 @@ def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
 
 def _build(path: Path) -> Any:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise TypeError(f"a model's description is a JSON object, got {type(values).__name__}")
+        values = read_json(path)
+        if "model" not in values and "model_type" in values:
+            raise ValueError("it is one of transformers; seqzoo.hub.load_pretrained reads those")
         kind = model_class(values.pop("model", None))
         return kind(kind.config_class.from_dict(values))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a model: {error}") from error
 
 
-def _fill(model: nn.Module, stored: dict[str, Tensor], path: Path) -> None:
-    """Puts stored tensors, in the dtype that they have there, into the model."""
-    groups = _tensors(model)
-    known = {name for names, _ in groups for name in names}
-    missing = [names[0] for names, _ in groups if not any(name in stored for name in names)]
-    unexpected = sorted(set(stored) - known)
-    for words, names in (("lacks", missing), ("holds the unknown", unexpected)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{path} {words} {', '.join(names[:3])}{more}; {CONFIG} beside it describes another model")
-    for names, target in groups:
-        name = next(name for name in names if name in stored)
-        tensor = stored[name]
-        if tensor.shape != target.shape or tensor.is_floating_point() != target.is_floating_point():
-            raise ValueError(
-                f"{name} in {path} must have shape {tuple(target.shape)} and a dtype like {target.dtype}, got "
-                f"{tuple(tensor.shape)} of {tensor.dtype}"
-            )
-    wide = _fp32_parameters(model)
-    for names, target in groups:
-        tensor = stored[next(name for name in names if name in stored)]
-        if id(target) in wide and tensor.dtype in HALF:
-            tensor = tensor.float()
+def _fill(model: nn.Module, stored: Mapping[str, Tensor], source: Path, rename: Callable[[str], str]) -> None:
+    groups = [([rename(name) for name in names], names, target) for names, target in _tensors(model)]
+    missing, misshapen, unexpected = [], [], set(stored)
+    for others, _, target in groups:
+        unexpected -= set(others)
+        found = next((name for name in others if name in stored), None)
+        if found is None:
+            missing.append(others[0])
+            continue
+        tensor = stored[found]
+        if tensor.shape != target.shape:
+            misshapen.append(f"{found} is {tuple(tensor.shape)}, must be {tuple(target.shape)}")
+        if (tensor.dtype in REAL) != target.is_floating_point():
+            misshapen.append(f"{found} is {tensor.dtype}, must be like {target.dtype}")
+    lists = {"missing": missing, "unexpected": sorted(unexpected), "misshapen": misshapen}
+    if any(lists.values()):
+        lines = [f"  {word} ({len(names)}): {', '.join(names)}" for word, names in lists.items() if names]
+        raise ValueError("\n".join([f"{source} holds other tensors than {CONFIG} beside it describes:", *lines]))
+    for others, names, target in groups:
+        tensor = stored[next(name for name in others if name in stored)]
         # a copy, because the stored tensors are views of the file
-        target.data = tensor.clone()
+        tensor = tensor.clone()
+        if isinstance(target, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=target.requires_grad)
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, tensor)
 
 
-def _fp32_parameters(model: nn.Module) -> set[int]:
+def fp32_parameters(model: nn.Module) -> set[int]:
+    """The identities of the parameters that stay float32 when the model becomes narrower."""
     mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
     return {id(mixer.get_parameter(name)) for mixer in mixers for name in mixer.fp32_parameters}
 
 
-def _locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
+def locate(path_or_hub_id: str | os.PathLike[str], files: Sequence[str] = FILES) -> Path:
+    """The folder that is meant, with ``files`` downloaded (names, or patterns) where it is one of the Hub.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ImportError: If the Hub is meant and huggingface_hub is not installed.
+    """
     text = os.fspath(path_or_hub_id)
     if isinstance(path_or_hub_id, str) and text.startswith(HUB_PREFIX):
-        return _download(text.removeprefix(HUB_PREFIX))
+        return _download(text.removeprefix(HUB_PREFIX), files)
     folder = Path(text).expanduser()
     if folder.is_dir():
         return folder
@@ -214,10 +289,10 @@ def _locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(
             f"there is no folder {text}, though {folder.parent} exists; to load from the Hub write {HUB_PREFIX}{text}"
         )
-    return _download(text)
+    return _download(text, files)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, files: Sequence[str]) -> Path:
     if not _HUB_ID.fullmatch(hub_id):
         raise ValueError(f"a repository of the Hub is written owner/name, got {hub_id!r}")
     try:
@@ -228,6 +303,6 @@ def _download(hub_id: str) -> Path:
             f"{hub_id} is no local folder, and loading from the Hub needs huggingface_hub: pip install 'seqzoo[hub]'"
         ) from error
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(FILES)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(f"{hub_id} is no local folder, and the Hub did not give it: {error}") from error

@@ -20,7 +20,10 @@ class MinGRU(GatedCell):
     factors lie in (0, 1) and the cell cannot track a state such as parity; ``gate_range=(-1, 1)`` allows it
     (https://arxiv.org/abs/2411.12537).
 
-    State: ``{"h": (B, expand * d_model)}``, float32 (float64 for float64 inputs).
+    With ``d_conv`` a causal convolution of each channel with SiLU comes first, and x is its output.
+
+    State: ``{"h": (B, expand * d_model)}``, float32 (float64 for float64 inputs); with ``d_conv`` also the inputs
+    ``{"conv": (B, d_conv - 1, d_model)}``, of their own dtype.
 
     Args:
         d_model: Width of inputs and outputs.
@@ -28,6 +31,7 @@ class MinGRU(GatedCell):
         output_projection: Whether W_o is there; None means where ``expand`` is not 1.
         gate_range: Range of the factor on the previous value, -1 <= lo < hi <= 1.
         bias: Whether the projections have biases.
+        d_conv: Tokens that the convolution sees, from 2 to 8; None means that there is none.
     """
 
     cell = "min_gru"

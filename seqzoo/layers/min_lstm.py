@@ -16,7 +16,10 @@ class MinLSTM(GatedCell):
         h_t = (lo + (hi - lo) f'_t) h_{t-1} + i'_t value_t
         y_t = W_o h_t
 
-    State: ``{"h": (B, expand * d_model)}``, float32 (float64 for float64 inputs).
+    With ``d_conv`` a causal convolution of each channel with SiLU comes first, and x is its output.
+
+    State: ``{"h": (B, expand * d_model)}``, float32 (float64 for float64 inputs); with ``d_conv`` also the inputs
+    ``{"conv": (B, d_conv - 1, d_model)}``, of their own dtype.
 
     Args:
         d_model: Width of inputs and outputs.
@@ -25,6 +28,7 @@ class MinLSTM(GatedCell):
         gate_range: Range of the factor on the previous value, -1 <= lo < hi <= 1; (-1, 1) allows to track a state
             (https://arxiv.org/abs/2411.12537).
         bias: Whether the projections have biases.
+        d_conv: Tokens that the convolution sees, from 2 to 8; None means that there is none.
     """
 
     cell = "min_lstm"

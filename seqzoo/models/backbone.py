@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from seqzoo.kernels.checks import accumulator
 from seqzoo.mixer import State
 from seqzoo.models.block import Block
 from seqzoo.models.config import ModelConfig
@@ -39,13 +40,14 @@ class Backbone(nn.Module):
                 mlp=config.mlp,
                 mlp_ratio=config.mlp_ratio,
                 norm=config.norm,
+                norm_eps=config.norm_eps,
                 norm_position=config.norm_position,
                 dropout=config.dropout,
                 branches=branches,
             )
             for mixer in config.mixers()
         )
-        self.norm = NORMS[config.norm](config.d_model) if config.norm_position == "pre" else None
+        self.norm = NORMS[config.norm](config.d_model, config.norm_eps) if config.norm_position == "pre" else None
         if not any(parameter.is_meta for parameter in self.parameters()):
             self.reset_parameters()
 
@@ -83,6 +85,7 @@ class Backbone(nn.Module):
         place = None
         if self.positions is not None:
             x, place = self.positions(x, None if state is None else state[-1], packing)
+        x = self._residual(x)
         for block, one in zip(self._blocks(), given, strict=True):
             x, after, loss = block(x, one, cu_seqlens=packing, return_state=return_state)
             losses.append(loss)
@@ -102,6 +105,7 @@ class Backbone(nn.Module):
         if self.positions is not None:
             positioned, place = self.positions(x[:, None], state[-1], None)
             x = positioned[:, 0]
+        x = self._residual(x)
         for block, one in zip(self._blocks(), given, strict=True):
             x, after = block.step(x, one)
             states.append(after)
@@ -121,6 +125,10 @@ class Backbone(nn.Module):
         for part in (self.positions, *self._blocks(), self.norm):
             if part is not None:
                 part.reset_parameters()
+
+    def _residual(self, x: Tensor) -> Tensor:
+        """What the blocks add to: the norms before the branches bring it back to the parameters' dtype."""
+        return x.to(accumulator(x.dtype)) if self.config.residual_in_fp32 else x
 
     def _blocks(self) -> list[Block]:
         return [cast("Block", block) for block in self.blocks]

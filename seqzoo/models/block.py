@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from seqzoo.mixer import SequenceMixer, State
 from seqzoo.modules.mlp import MLPS, hidden_units
-from seqzoo.modules.norm import NORMS
+from seqzoo.modules.norm import EPS, NORMS
 from seqzoo.packing import Packing
 
 
@@ -19,6 +19,7 @@ class Block(nn.Module):
         mlp: ``"gated"``, ``"plain"`` or ``"none"``.
         mlp_ratio: Hidden units of the MLP in multiples of ``d_model``; None means its default.
         norm: ``"rms"``, ``"layer"`` or ``"batch"``.
+        norm_eps: Epsilon of the norms.
         norm_position: ``"pre"`` or ``"post"``.
         dropout: Probability with which outputs of mixer and MLP are dropped in training.
         branches: Branches that add to the residual in the whole stack. With norms before the branches the residual's
@@ -34,6 +35,7 @@ class Block(nn.Module):
         mlp: str = "gated",
         mlp_ratio: float | None = None,
         norm: str = "rms",
+        norm_eps: float = EPS,
         norm_position: str = "pre",
         dropout: float = 0.0,
         branches: int = 1,
@@ -41,14 +43,14 @@ class Block(nn.Module):
         super().__init__()
         d_model = mixer.d_model
         self.pre, self.batch_norm, self.branches = norm_position == "pre", norm == "batch", branches
-        self.mixer_norm = NORMS[norm](d_model)
+        self.mixer_norm = NORMS[norm](d_model, norm_eps)
         self.mixer = mixer
         self.dropout = nn.Dropout(dropout)
         if mlp == "none":
             self.mlp_norm = self.mlp = None
         else:
             network, ratio = MLPS[mlp]
-            self.mlp_norm = NORMS[norm](d_model)
+            self.mlp_norm = NORMS[norm](d_model, norm_eps)
             self.mlp = network(d_model, hidden_units(d_model, ratio if mlp_ratio is None else mlp_ratio))
 
     def forward(

@@ -14,10 +14,10 @@ import torch
 
 from seqzoo.mixer import SequenceMixer, create, nearest
 from seqzoo.modules.mlp import MLPS
-from seqzoo.modules.norm import NORMS
+from seqzoo.modules.norm import EPS, NORMS
 from seqzoo.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 CHOICES = {"mlp": (*MLPS, "none"), "norm": tuple(NORMS), "norm_position": ("pre", "post")}
 
 _Config = TypeVar("_Config", bound="ModelConfig")
@@ -37,12 +37,15 @@ class ModelConfig:
         mlp_ratio: Hidden units of the MLP in multiples of ``d_model``, rounded up to a multiple of 16; None means 8/3
             for the gated and 4 for the plain one, which hold equally many weights.
         norm: ``"rms"``, ``"layer"``, or ``"batch"`` (dense batches of sequences of one length alone).
+        norm_eps: Epsilon of the norms.
         norm_position: ``"pre"``, before mixer and MLP, or ``"post"``, after the residual.
+        residual_in_fp32: Whether a model of float16 or bfloat16 parameters sums its branches in float32; with
+            ``norm_position="pre"`` alone.
         tie_embeddings: Whether the output layer is the embedding's matrix.
         dropout: Probability with which the outputs of mixers and MLPs are dropped in training.
         max_positions: Longest sequence of a model with learned positions; None means without.
         auxiliary_weight: Factor of the mixers' auxiliary losses in the loss.
-        format: Version of this description.
+        format: Version of this description; an older one becomes the present.
 
     Raises:
         TypeError: If a value has the wrong type, or a mixer lacks an option.
@@ -56,7 +59,9 @@ class ModelConfig:
     mlp: str = "gated"
     mlp_ratio: float | None = None
     norm: str = "rms"
+    norm_eps: float = EPS
     norm_position: str = "pre"
+    residual_in_fp32: bool = False
     tie_embeddings: bool = True
     dropout: float = 0.0
     max_positions: int | None = None
@@ -65,16 +70,26 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_format(self.format)
+        object.__setattr__(self, "format", FORMAT)
         for name in ("vocab_size", "d_model", "n_layers"):
             _check_integer(name, getattr(self, name))
         if self.max_positions is not None:
             _check_integer("max_positions", self.max_positions)
         for name, known in CHOICES.items():
             _check_choice(name, getattr(self, name), known)
-        if not isinstance(self.tie_embeddings, bool):
-            raise TypeError(f"tie_embeddings must be true or false, got {self.tie_embeddings!r}")
+        for name in ("tie_embeddings", "residual_in_fp32"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.residual_in_fp32 and self.norm_position != "pre":
+            raise ValueError(
+                f"residual_in_fp32 needs norm_position='pre', got {self.norm_position!r}, whose residual is a norm's "
+                "output"
+            )
         _check_number("dropout", self.dropout, below=1.0)
         _check_number("auxiliary_weight", self.auxiliary_weight)
+        _check_number("norm_eps", self.norm_eps)
+        if self.norm_eps == 0:
+            raise ValueError("norm_eps must be positive, got 0, which makes a token of zeros not a number")
         if self.mlp_ratio is not None:
             _check_number("mlp_ratio", self.mlp_ratio)
             if self.mlp_ratio == 0:

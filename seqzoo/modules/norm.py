@@ -14,12 +14,23 @@ class RMSNorm(nn.RMSNorm):
     The mean square is float32 for float16 and bfloat16 inputs; the scale starts at 1.
     """
 
-    def __init__(self, d_model: int) -> None:
-        super().__init__(d_model, eps=EPS)
+    def __init__(self, d_model: int, eps: float = EPS) -> None:
+        super().__init__(d_model, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., D)`` to ``(..., D)``, of the scale's dtype (under autocast the two may differ)."""
+        """``(..., D)`` to ``(..., D)``, of the scale's dtype (that of a residual, or under autocast, may differ)."""
         return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation, https://arxiv.org/abs/1607.06450; statistics are float32 for float16 and bfloat16 inputs."""
+
+    def __init__(self, d_model: int, eps: float = EPS) -> None:
+        super().__init__(d_model, eps=eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., D)`` to ``(..., D)``, of the scale's dtype."""
+        return super().forward(input.to(self.weight.dtype))
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -28,17 +39,13 @@ class BatchNorm(nn.BatchNorm1d):
     In training every token is normalised by statistics of all others, the later ones included.
     """
 
-    def __init__(self, d_model: int) -> None:
-        super().__init__(d_model, eps=EPS)
+    def __init__(self, d_model: int, eps: float = EPS) -> None:
+        super().__init__(d_model, eps=eps)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(B, T, D)`` to ``(B, T, D)``."""
-        return super().forward(input.flatten(0, 1)).view_as(input)
+        """``(B, T, D)`` to ``(B, T, D)``, of the scale's dtype."""
+        flat = input.flatten(0, 1).to(self.weight.dtype)
+        return super().forward(flat).view(input.shape)
 
 
-def layer_norm(d_model: int) -> nn.LayerNorm:
-    """PyTorch's layer normalisation, whose statistics are float32 for float16 and bfloat16 inputs."""
-    return nn.LayerNorm(d_model, eps=EPS)
-
-
-NORMS = {"rms": RMSNorm, "layer": layer_norm, "batch": BatchNorm}
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "batch": BatchNorm}

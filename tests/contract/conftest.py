@@ -27,10 +27,8 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 def dtype(request: pytest.FixtureRequest, device: torch.device):
     """The dtype of a test that runs on every implementation; the implementation is switched on around the test."""
     name, dtype = request.param
-    subject = request.getfixturevalue("subject")
-    wrapped = subject.label.startswith(("bidirectional", "plain"))
-    if name == "gpu" and device.type == "cpu" and wrapped and not request.config.getoption("--slow"):
-        pytest.skip("slow: it has no kernel of its own, and the interpreter takes seconds a test; run with --slow")
+    if name == "gpu" and device.type == "cpu" and not request.config.getoption("--slow") and not _telling(request):
+        pytest.skip("slow: the interpreter takes seconds a test; run with --slow")
     if name == "reference" and "compile" in request.node.nodeid:
         pytest.skip("the reference is a Python loop over time: tracing it would unroll the loop for one length")
     reason = dispatch.obstacle(name, device, dtype in dispatch.WIDE)
@@ -38,3 +36,9 @@ def dtype(request: pytest.FixtureRequest, device: torch.device):
         pytest.skip(f"{name}: {reason}")
     with dispatch.backend(name):
         yield dtype
+
+
+def _telling(request: pytest.FixtureRequest) -> bool:
+    """Whether a test says much about a mixer's GPU kernels: packing, with their states and gradients, of each once."""
+    label = request.getfixturevalue("subject").label
+    return "test_packing" in request.node.nodeid and label.endswith("()") and not label.startswith("plain")

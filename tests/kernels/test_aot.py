@@ -80,10 +80,43 @@ def test_registers_and_shared_memory_are_those_recorded(table, recorded):
 def test_a_scan_moves_at_most_what_it_promises(recorded):
     forms = {"forward": {"one pass": 6.2, "segments": 10.2}, "backward": {"one pass": 10.2, "segments": 14.2}}
     for (_, op, example), entry in entries(recorded):
-        if "bfloat16" in example and "min_lstm" not in example:
+        if op in ("linear_scan", "gated_scan") and "bfloat16" in example and "min_lstm" not in example:
             mode = "one pass" if "one pass" in example else "segments"
             assert entry["bytes"] <= forms[example.split()[-1]][mode], (op, example)
             assert entry["launches"] == (1 if mode == "one pass" else 2), (op, example)
+
+
+def test_a_convolution_moves_each_value_once_in_one_launch(recorded):
+    limits = {"forward": 4.05, "backward": 6.6}
+    found = [
+        (example, entry)
+        for (_, op, example), entry in entries(recorded)
+        if op == "causal_conv" and example.startswith("bfloat16")
+    ]
+    assert found
+    for example, entry in found:
+        assert entry["bytes"] <= limits[example.split()[-1]], example
+        assert entry["launches"] == 1, example
+
+
+def test_a_selective_scan_moves_no_state_a_token(recorded):
+    limits = {
+        ("one pass", "forward"): (1, 9.1),
+        ("one pass", "backward"): (2, 19.2),
+        ("segments", "forward"): (3, 14.0),
+        ("segments", "backward"): (4, 30.0),
+    }
+    found = [
+        (example, entry)
+        for (_, op, example), entry in entries(recorded)
+        if op == "selective_scan" and "bfloat16" in example
+    ]
+    assert found
+    for example, entry in found:
+        mode = "one pass" if "one pass" in example else "segments"
+        launches, most = limits[mode, example.split()[-1]]
+        assert entry["launches"] == launches, example
+        assert entry["bytes"] <= most, example
 
 
 @pytest.mark.slow

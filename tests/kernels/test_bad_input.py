@@ -7,11 +7,12 @@ import torch
 
 from seqzoo import ops
 from seqzoo.kernels import dispatch
-from seqzoo.ops import gated_scan, linear_scan
+from seqzoo.ops import causal_conv, gated_scan, linear_scan
 from seqzoo.packing import Packing
 
 B = torch.zeros(2, 5, 3)
 A = torch.zeros(2, 5, 3)
+W = torch.zeros(3, 4)
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -61,6 +62,40 @@ def ints(*values: int) -> torch.Tensor:
             r"-1 <= lo < hi <= 1, got \(1, 0\)",
         ),
         (lambda: gated_scan(B.to(torch.complex64), cell="min_lstm"), TypeError, r"x must be one of .*complex64"),
+        (lambda: causal_conv(B.long(), W), TypeError, r"x must be one of .*, got int64"),
+        (lambda: causal_conv(B[0], W), ValueError, r"x must have 3 dimensions, \(B, T, D\), got 2"),
+        (
+            lambda: causal_conv(B.half(), W.bfloat16()),
+            TypeError,
+            r"weight must be float16 or float32 beside x of float16",
+        ),
+        (lambda: causal_conv(B, W[None]), ValueError, r"weight must have 2 dimensions, \(D, W\), got 3"),
+        (lambda: causal_conv(B, W[:, :1]), ValueError, r"weight must have from 2 to 8 taps, got 1 in \(3, 1\)"),
+        (lambda: causal_conv(B, torch.zeros(3, 9)), ValueError, r"weight must have from 2 to 8 taps, got 9"),
+        (lambda: causal_conv(B, W[:2]), ValueError, r"weight must have shape \(D, W\) = \(3, 4\), got \(2, 4\)"),
+        (lambda: causal_conv(B, W.to("meta")), ValueError, r"weight is on meta, x on cpu"),
+        (lambda: causal_conv(B, W, torch.zeros(4)), ValueError, r"bias must have shape \(D,\) = \(3,\), got \(4,\)"),
+        (lambda: causal_conv(B, W, torch.zeros(3).double()), TypeError, r"bias must be float32 beside x of float32"),
+        (
+            lambda: causal_conv(B, W, activation="gelu"),
+            ValueError,
+            r"activation must be one of None, 'silu', got 'gelu'",
+        ),
+        (
+            lambda: causal_conv(B, W, initial_state=torch.zeros(2, 4, 3)),
+            ValueError,
+            r"initial_state must have shape \(B, W - 1, D\) = \(2, 3, 3\), got \(2, 4, 3\)",
+        ),
+        (
+            lambda: causal_conv(B.half(), W, initial_state=torch.zeros(2, 3, 3)),
+            TypeError,
+            r"initial_state must be float16 beside x, got float32",
+        ),
+        (
+            lambda: causal_conv(B[:1], W, initial_state=torch.zeros(1, 3, 3), cu_seqlens=ints(0, 2, 5)),
+            ValueError,
+            r"initial_state must have shape \(S, W - 1, D\) = \(2, 3, 3\)",
+        ),
     ],
 )
 def test_bad_input(call, error, words):
@@ -71,8 +106,12 @@ def test_bad_input(call, error, words):
 # on a GPU the check is an assertion on the device
 @pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
 def test_broken_boundaries_never_index(backend: str):
-    with dispatch.backend(backend), pytest.raises(ValueError, match="end at the number of tokens"):
-        linear_scan(A[:1], B[:1], cu_seqlens=ints(0, 500))
+    for call in (
+        lambda: linear_scan(A[:1], B[:1], cu_seqlens=ints(0, 500)),
+        lambda: causal_conv(B[:1], W, cu_seqlens=ints(0, 500)),
+    ):
+        with dispatch.backend(backend), pytest.raises(ValueError, match="end at the number of tokens"):
+            call()
 
 
 def test_broken_boundaries_never_index_when_compiled():

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqzoo import ops
 from seqzoo.kernels.dispatch import backend
@@ -60,33 +57,14 @@ def test_lengths_around_the_chunk(total: int, device: torch.device):
     check(linear_scan_case(torch.float32, (1, total, 2), time_invariant=True), device, CHUNK)
 
 
-@contextmanager
-def unsynchronised(device: torch.device):
-    """Forbids reading a value of a tensor on the host."""
-
-    class Forbid(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            forbidden = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-            assert function not in forbidden, f"{function} synchronises"
-            return function(*arguments, **(options or {}))
-
-    with ExitStack() as stack:
-        if device.type == "cuda":
-            previous = torch.cuda.get_sync_debug_mode()
-            stack.callback(torch.cuda.set_sync_debug_mode, previous)
-            torch.cuda.set_sync_debug_mode("error")
-        stack.enter_context(Forbid())
-        yield
-
-
 @pytest.mark.parametrize("segment", [CHUNK, ONE_PASS], ids=["segments", "one pass"])
-def test_nothing_synchronises(segment: int, device: torch.device):
+def test_nothing_synchronises(segment: int, device: torch.device, unsynchronised):
     bounds = boundaries((70, 0, 10)).to(device)
     a, b, grad = (torch.rand(1, 80, 3, device=device) for _ in range(3))
     x, grad_state = torch.rand(1, 80, 6, device=device), torch.rand(3, 3, device=device)
     from seqzoo.kernels.gated_scan import gpu as gated
 
-    with unsynchronised(device), gpu.forced_segment(segment):
+    with unsynchronised(), gpu.forced_segment(segment):
         _, _, states = gpu.forward(a, b, None, bounds, False)
         gpu.backward(grad, grad_state, a, b, None, None, states, bounds, False)
         _, _, states = gated.forward(x, None, bounds, "min_gru", 0.0, 1.0, False)

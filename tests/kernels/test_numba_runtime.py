@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from seqzoo.kernels import dispatch, numba_runtime
 from seqzoo.ops import gated_scan, linear_scan
+from seqzoo.testing import selective_scan_case
 
 numba = pytest.importorskip("numba")
 
@@ -183,6 +184,22 @@ def test_the_number_of_threads_changes_no_bit(two_threads, time_invariant):
             found.append([h, final, *torch.autograd.grad((h * h).sum() + final.sum(), (a, b))])
     for one, other in ((found[0], found[2]), (found[1], found[3])):
         assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@several
+@pytest.mark.parametrize("transition", ["exponential", "longhorn"])
+def test_the_number_of_threads_changes_no_bit_of_a_selective_scan(two_threads, transition):
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        # more columns than one part, more sequences than one slot
+        cases = [
+            selective_scan_case(torch.float32, (1, 200, 300), size=16, transition=transition),
+            selective_scan_case(torch.float32, (0, 0, 64), size=16, lengths=(0, 300, 3, 0, 500, 40), groups=2),
+        ]
+        found.append([case.run("cpu") for case in cases])
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_forked_child_computes_after_its_parent_ran_on_several_threads():
@@ -361,11 +378,26 @@ def loops():
             y[i] = numba_math.exp(x[i])
 
     @numba_runtime.function
+    def sigmoid(x, y):
+        for i in range(x.size):
+            y[i] = numba_math.sigmoid(x[i])
+
+    @numba_runtime.function
+    def exp_decay(x, y):
+        for i in range(x.size):
+            y[i] = numba_math.exp_decay(x[i])
+
+    @numba_runtime.function
+    def softplus(x, y):
+        for i in range(x.size):
+            y[i] = numba_math.softplus(x[i])
+
+    @numba_runtime.function
     def copy(x, y):
         for i in range(x.size):
             numba_memory.write(y, i, numba_memory.read(x, i, 0), 1)
 
-    return {"exp": exp, "copy": copy}
+    return {"exp": exp, "sigmoid": sigmoid, "copy": copy, "exp_decay": exp_decay, "softplus": softplus}
 
 
 def test_exp_in_single_precision_is_within_two_units(loops):
@@ -393,6 +425,75 @@ def test_exp_in_double_precision(loops):
     y = np.empty_like(x)
     loops["exp"](x, y)
     np.testing.assert_allclose(y, np.exp(x), rtol=4e-16, atol=0)
+
+
+def test_sigmoid_in_single_precision_is_within_six_units(loops):
+    x = np.linspace(-87, 120, 4_000_001, dtype=np.float32)
+    y = np.empty_like(x)
+    loops["sigmoid"](x, y)
+    exact = 1 / (1 + np.exp(-x.astype(np.float64)))
+    assert (np.abs(y - exact) / np.spacing(exact.astype(np.float32))).max() < 6
+
+
+def test_sigmoid_at_the_ends(loops):
+    x = np.array([np.nan, np.inf, -np.inf, 0, -0.0, 1e30, -1e30], dtype=np.float32)
+    y = np.empty_like(x)
+    loops["sigmoid"](x, y)
+    assert np.isnan(y[0])
+    assert y[1:].tolist() == [1, 0, 0.5, 0.5, 1, 0]
+
+
+def test_sigmoid_in_double_precision(loops):
+    x = np.linspace(-700, 700, 100_001)
+    y = np.empty_like(x)
+    loops["sigmoid"](x, y)
+    np.testing.assert_allclose(y, 1 / (1 + np.exp(-x)), rtol=1e-15, atol=0)
+
+
+def test_exp_of_complex_numbers(loops):
+    real, imaginary = np.meshgrid(np.linspace(-700, 700, 301), np.linspace(-1000, 1000, 301))
+    x = (real + 1j * imaginary).ravel()
+    y = np.empty_like(x)
+    loops["exp"](x, y)
+    np.testing.assert_allclose(y, np.exp(x), rtol=1e-15, atol=0)
+
+
+def test_the_exp_of_a_decay_keeps_its_bound(loops):
+    x = np.concatenate([np.linspace(-87, 88, 2_000_001), np.linspace(-1, 0, 1_000_001)]).astype(np.float32)
+    y = np.empty_like(x)
+    loops["exp_decay"](x, y)
+    exact = np.exp(x.astype(np.float64))
+    assert (np.abs(y - exact) <= (1e-7 + 3e-9 * np.abs(x)) * exact).all()
+    assert np.abs(y - exact)[x <= 0].max() < np.finfo(np.float32).eps
+    ends = np.array([np.nan, 0, -0.0, -88, -1e30, -np.inf, 89, np.inf], dtype=np.float32)
+    y = np.empty_like(ends)
+    loops["exp_decay"](ends, y)
+    assert np.isnan(y[0])
+    assert y[1:].tolist() == [1, 1, 0, 0, 0, np.inf, np.inf]
+
+
+def test_softplus_in_single_precision_is_within_three_units(loops):
+    x = np.concatenate([np.linspace(-87, 100, 4_000_001), np.linspace(-2, 2, 1_000_001)]).astype(np.float32)
+    y = np.empty_like(x)
+    loops["softplus"](x, y)
+    exact = np.logaddexp(0, x.astype(np.float64))
+    assert (np.abs(y - exact) / np.spacing(exact.astype(np.float32))).max() < 3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_softplus_at_the_ends(loops, dtype):
+    x = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30, 500], dtype=dtype)
+    y = np.empty_like(x)
+    loops["softplus"](x, y)
+    assert np.isnan(y[0])
+    assert y[1:].tolist() == [np.inf, 0, dtype(1e30), 0, 500]
+
+
+def test_softplus_in_double_precision(loops):
+    x = np.linspace(-700, 700, 100_001)
+    y = np.empty_like(x)
+    loops["softplus"](x, y)
+    np.testing.assert_allclose(y, np.logaddexp(0, x), rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

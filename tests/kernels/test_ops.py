@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,14 +15,14 @@ from seqzoo import ops
 from seqzoo.kernels import dispatch
 from seqzoo.packing import Packing
 from seqzoo.testing import (
-    LENGTHS,
     OP_CASES,
     OpCase,
     backends,
-    boundaries,
+    causal_conv_case,
     compare,
     gated_scan_case,
     linear_scan_case,
+    selective_scan_case,
 )
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64)
@@ -81,6 +83,8 @@ def test_reference_passes_gradcheck(op: str, dtype: torch.dtype):
         linear_scan_case(torch.complex128, (1, 5, 2)),
         gated_scan_case(torch.float64, (2, 5, 2), gate_range=(-1, 1)),
         gated_scan_case(torch.float64, (0, 0, 2), cell="min_lstm", lengths=(2, 0, 3), reverse=True),
+        causal_conv_case(torch.float64, (2, 5, 2)),
+        causal_conv_case(torch.float64, (0, 0, 2), taps=5, lengths=(2, 0, 6), bias=False, activation=None),
     ],
     ids=lambda case: f"{case.op} {case.label}",
 )
@@ -173,106 +177,143 @@ def test_any_shape_and_boundaries(lengths, width, reverse, time_invariant, state
         assert max(worst.values()) <= 1, (backend, worst)
 
 
+def packed_cases(op: str, dtype: torch.dtype, device: torch.device) -> list[OpCase]:
+    return [case.to(device) for case in OP_CASES[op](dtype) if case.options["cu_seqlens"] is not None]
+
+
+def per_token(name: str, tensor: torch.Tensor) -> bool:
+    """Whether it is ``(B, T, ...)``; parameters have fewer dimensions."""
+    return tensor.dim() >= 3 and name != "initial_state"
+
+
 @pytest.mark.parametrize("op", OP_CASES)
 def test_packed_is_what_separate_sequences_give(op: str, device: torch.device):
-    make = {"linear_scan": linear_scan_case, "gated_scan": gated_scan_case}[op]
-    for backend, reverse in itertools.product(able(device, torch.float32), (False, True)):
+    for backend in able(device, torch.float32):
         dtype = torch.float32 if backend == "gpu" else torch.float64
         if device.type == "cuda" and backend == "chunked":
             dtype = torch.float64
-        case = make(dtype, lengths=LENGTHS, reverse=reverse).to(device)
-        bounds = boundaries(LENGTHS).tolist()
-        with dispatch.backend(backend):
-            h, final = case.call()
-            for index, (start, end) in enumerate(itertools.pairwise(bounds)):
-                tensors = {
-                    name: value[index : index + 1] if name == "initial_state" else value[:, start:end]
-                    for name, value in case.tensors.items()
-                }
-                one_h, one_final = getattr(ops, op)(**tensors, **(case.options | {"cu_seqlens": None}))
-                torch.testing.assert_close(h[:, start:end], one_h)
-                torch.testing.assert_close(final[index : index + 1], one_final)
+        cases = packed_cases(op, dtype, device)
+        for case in cases[:1] if _slow(backend, device) else cases:
+            bounds = case.options["cu_seqlens"].tolist()
+            with dispatch.backend(backend):
+                y, final = case.call()
+                for index, (start, end) in enumerate(itertools.pairwise(bounds)):
+                    tensors = dict(case.tensors)
+                    for name, value in case.tensors.items():
+                        if name == "initial_state":
+                            tensors[name] = None if value is None else value[index : index + 1]
+                        elif value is not None and per_token(name, value):
+                            tensors[name] = value[:, start:end]
+                    one_y, one_final = getattr(ops, op)(**tensors, **(case.options | {"cu_seqlens": None}))
+                    torch.testing.assert_close(y[:, start:end], one_y)
+                    torch.testing.assert_close(final[index : index + 1], one_final)
 
 
 @pytest.mark.parametrize("op", OP_CASES)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, under Triton's interpreter
 def test_nothing_crosses_a_boundary(op: str, poison: float, device: torch.device):
-    make = {"linear_scan": linear_scan_case, "gated_scan": gated_scan_case}[op]
-    lengths = (3, 70, 5)
-    for backend, reverse in itertools.product(able(device, torch.float32), (False, True)):
-        case = make(torch.float32, lengths=lengths, reverse=reverse).to(device)
-        name = next(iter(case.tensors))
-        for tensor in case.tensors.values():
-            tensor.requires_grad_()
-        case.tensors[name].data[:, 3:73] = poison
-        with dispatch.backend(backend):
-            h, final = case.call()
-            for part in (h[:, :3], h[:, 73:], final[0], final[2]):
-                assert torch.isfinite(part).all(), backend
-            grads = torch.autograd.grad((h[:, :3].sum() + h[:, 73:].sum()), list(case.tensors.values()))
-            for (name, _), grad in zip(case.tensors.items(), grads, strict=True):
-                outside = grad[[0, 2]] if name == "initial_state" else torch.cat((grad[:, :3], grad[:, 73:]), 1)
-                assert torch.isfinite(outside).all(), (backend, name)
+    for backend in able(device, torch.float32):
+        cases = packed_cases(op, torch.float32, device)
+        for case in cases[:1] if _slow(backend, device) else cases:
+            bounds = case.options["cu_seqlens"]
+            index = int(bounds.diff().argmax())
+            rows = torch.ones(int(bounds[-1]), dtype=torch.bool)
+            rows[bounds[index] : bounds[index + 1]] = False
+            sequences = [other for other in range(len(bounds) - 1) if other != index]
+            present = {name: value.clone() for name, value in case.tensors.items() if value is not None}
+            next(value for name, value in present.items() if per_token(name, value))[:, ~rows] = poison
+            leaves = {name: value.requires_grad_() for name, value in present.items()}
+            with dispatch.backend(backend):
+                y, final = case.call(case.tensors | leaves)
+                assert torch.isfinite(y[:, rows]).all(), (backend, case.label)
+                assert torch.isfinite(final[sequences]).all(), (backend, case.label)
+                grads = torch.autograd.grad(y[:, rows].sum() + final[sequences].sum().real, list(leaves.values()))
+            for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+                # what all sequences share receives NaN from the poisoned one, times zero though it is
+                outside = (
+                    grad[:, rows] if per_token(name, leaf) else grad[sequences] if name == "initial_state" else None
+                )
+                assert outside is None or torch.isfinite(outside).all(), (backend, case.label, name)
 
 
 @pytest.mark.parametrize("op", OP_CASES)
 def test_same_bits_twice(op: str, device: torch.device):
     torch.use_deterministic_algorithms(False)
+    telling = packed_cases(op, torch.float32, device)[0].label
     for case in OP_CASES[op](torch.float32):
         case = case.to(device)
         for backend in able(device, torch.float32):
-            if _slow(backend, device) and "packed" not in case.label:
+            if _slow(backend, device) and case.label != telling:
                 continue
             first, second = case.run(backend), case.run(backend)
             assert all(torch.equal(first[name], second[name]) for name in first), backend
 
 
+# a short dense or packed call of each op
+SMALL: dict[str, Callable[..., OpCase]] = {
+    "linear_scan": linear_scan_case,
+    "gated_scan": gated_scan_case,
+    "causal_conv": causal_conv_case,
+    "selective_scan": selective_scan_case,
+}
+
+
+@pytest.mark.parametrize("op", SMALL)
 @pytest.mark.parametrize("backend", ["chunked", "cpu", "gpu"])
-def test_the_op_compiles_without_a_break(backend: str, device: torch.device):
+def test_the_op_compiles_without_a_break(op: str, backend: str, device: torch.device):
     if dispatch.obstacle(backend, device, False) is not None:
         pytest.skip("cannot run here; test_parity asserts its error")
+    case = SMALL[op](torch.float32, (0, 0, 6), lengths=(3, 0, 5)).to(device)
 
-    def call(a, b, state, cu_seqlens):
-        h, final = ops.linear_scan(a, b, state, cu_seqlens=cu_seqlens)
-        return h * 2, final
+    def call(tensors, cu_seqlens):
+        y, final = getattr(ops, op)(**tensors, **(case.options | {"cu_seqlens": cu_seqlens}))
+        return y * 2, final
 
-    case = linear_scan_case(torch.float32, lengths=(3, 0, 5)).to(device)
+    # the function above counts as one, whichever op it calls
+    torch._dynamo.reset()
     with dispatch.backend(backend):
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
-        tensors = [case.tensors[name].requires_grad_() for name in ("a", "b", "initial_state")]
+        leaves = {name: value.requires_grad_() for name, value in case.tensors.items() if value is not None}
         for cu_seqlens in (case.options["cu_seqlens"], Packing.from_lengths((3, 0, 5)).to(device)):
-            expected, actual = call(*tensors, cu_seqlens), compiled(*tensors, cu_seqlens)
+            expected, actual = (one(case.tensors | leaves, cu_seqlens) for one in (call, compiled))
             torch.testing.assert_close(actual, expected)
             for one, other in zip(
-                torch.autograd.grad(sum(out.sum() for out in actual), tensors),
-                torch.autograd.grad(sum(out.sum() for out in expected), tensors),
+                torch.autograd.grad(sum(out.sum() for out in actual), list(leaves.values())),
+                torch.autograd.grad(sum(out.sum() for out in expected), list(leaves.values())),
                 strict=True,
             ):
                 torch.testing.assert_close(one, other)
 
 
-def test_second_derivatives_are_refused_on_the_fast_paths_and_given_by_the_reference(device: torch.device):
-    case = linear_scan_case(torch.float64, (1, 4, 2)).to(device)
-    leaves = {name: value.requires_grad_() for name, value in case.tensors.items()}
+@pytest.mark.parametrize("op", SMALL)
+def test_second_derivatives_are_refused_on_the_fast_paths_and_given_by_the_reference(op: str, device: torch.device):
+    case = SMALL[op](torch.float64, (1, 4, 2)).to(device)
+    leaves = {name: value.requires_grad_() for name, value in case.tensors.items() if value is not None}
+    source = next(iter(leaves.values()))
     for backend in backends(device, True):
         with dispatch.backend(backend):
-            h, _ = case.call(leaves)
-            (first,) = torch.autograd.grad(h.square().sum(), leaves["a"], create_graph=True)
+            y, _ = case.call(case.tensors | leaves)
+            (first,) = torch.autograd.grad(y.square().sum(), source, create_graph=True)
             if backend == "reference":
-                assert torch.autograd.grad(first.sum(), leaves["a"])[0].abs().max() > 0
+                assert torch.autograd.grad(first.sum(), source)[0].abs().max() > 0
             else:
                 with pytest.raises(RuntimeError, match="once_differentiable"):
                     first.sum().backward()
 
 
-def test_views_and_strides_do_not_matter(device: torch.device):
-    case = linear_scan_case(torch.float32, (2, 9, 6)).to(device)
+@pytest.mark.parametrize("op", SMALL)
+def test_views_and_strides_do_not_matter(op: str, device: torch.device):
+    case = SMALL[op](torch.float32, (2, 9, 6)).to(device)
     expected = case.run()
+    # every dimension but the last swapped in memory, or twice as far apart
     strided = {
-        "a": case.tensors["a"].transpose(0, 1).contiguous().transpose(0, 1),
-        "b": torch.stack((case.tensors["b"], case.tensors["b"]), -1)[..., 1],
-        "initial_state": case.tensors["initial_state"].t().contiguous().t(),
+        name: value
+        if value is None
+        else value.transpose(0, -1).contiguous().transpose(0, -1)
+        if index % 2
+        else torch.stack((value, value), -1)[..., 1]
+        for index, (name, value) in enumerate(case.tensors.items())
     }
-    actual = OpCase("linear_scan", "strided", strided, case.options).run()
+    actual = replace(case, tensors=strided).run()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)

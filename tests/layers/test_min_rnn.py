@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from seqzoo import create
 from seqzoo.testing import inputs
 
-VARIANTS = ({}, {"gate_range": (-1.0, 1.0)}, {"expand": 1.5, "bias": True, "gate_range": (-0.25, 0.75)})
+VARIANTS = ({}, {"gate_range": (-1.0, 1.0)}, {"expand": 1.5, "bias": True, "gate_range": (-0.25, 0.75)}, {"d_conv": 3})
 
 
 def by_hand(name: str, mixer, x: torch.Tensor, lo: float, hi: float) -> torch.Tensor:
+    if mixer.conv1d is not None:
+        taps = mixer.conv1d.weight.shape[-1]
+        windows = F.pad(x, (0, 0, taps - 1, 0)).unfold(1, taps, 1)  # (B, T, D, W)
+        x = F.silu((windows * mixer.conv1d.weight.reshape(-1, taps)).sum(-1) + mixer.conv1d.bias)
     projected = x @ mixer.in_proj.weight.T
     if mixer.in_proj.bias is not None:
         projected = projected + mixer.in_proj.bias
@@ -67,6 +72,7 @@ def test_a_gate_range_from_minus_one_can_count_parity():
         ({"gate_range": (1, 0)}, ValueError, "-1 <= lo < hi <= 1"),
         ({"gate_range": 0.5}, TypeError, "gate_range must be two numbers, got 0.5"),
         ({"expand": 2, "output_projection": False}, ValueError, "output_projection=False needs expand=1"),
+        ({"d_conv": 1}, ValueError, "d_conv must be an integer from 2 to 8, got 1"),
         ({"expnd": 2}, TypeError, "min_gru has no option 'expnd'; did you mean expand?"),
     ],
 )

@@ -13,6 +13,7 @@ from torch import nn
 from seqzoo import Packing, create
 from seqzoo.mixer import Mixed, SequenceMixer
 from seqzoo.models import Backbone, Block, LanguageModel, ModelConfig
+from seqzoo.modules.norm import NORMS
 
 Build = Callable[..., LanguageModel]
 
@@ -194,3 +195,9 @@ def test_copies_are_independent(build: Build, tokens: Callable[..., torch.Tensor
     other = LanguageModel(model.config).double()
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(ids)[0], model(ids)[0])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_all_norms_have_the_epsilon(norm: str):
+    config = ModelConfig(vocab_size=9, d_model=16, n_layers=2, pattern="min_gru", norm=norm, norm_eps=0.25)
+    assert [module.eps for module in Backbone(config).modules() if isinstance(module, NORMS[norm])] == [0.25] * 5

@@ -22,6 +22,7 @@ SMALL: dict[str, Any] = {"vocab_size": 11, "d_model": 16, "n_layers": 3, "patter
         {"pattern": ["min_gru", {"name": "min_lstm", "expand": 2.0, "gate_range": [-1.0, 1.0]}]},
         {"mlp": "plain", "mlp_ratio": 3.5, "norm": "layer", "norm_position": "post", "tie_embeddings": False},
         {"mlp": "none", "norm": "batch", "dropout": 0.25, "max_positions": 7, "auxiliary_weight": 0.5},
+        {"norm_eps": 1e-3, "residual_in_fp32": True},
     ],
 )
 def test_round_trip(options: dict[str, Any]):
@@ -30,6 +31,13 @@ def test_round_trip(options: dict[str, Any]):
     assert again == config
     assert ModelConfig.from_dict(config.to_dict()) == config
     assert json.loads(config.to_json()) == {**dataclasses.asdict(ModelConfig(**SMALL)), **options}
+
+
+def test_an_older_format_becomes_the_present():
+    """Format 1 had neither norm_eps nor residual_in_fp32."""
+    config = ModelConfig.from_dict({**SMALL, "format": 1})
+    assert config == ModelConfig(**SMALL)
+    assert (config.format, config.norm_eps, config.residual_in_fp32) == (FORMAT, 1e-5, False)
 
 
 @pytest.mark.parametrize("mixer", list_mixers())
@@ -75,7 +83,15 @@ def test_the_pattern_is_a_copy():
         ({"mlp_ratio": float("nan")}, ValueError, "mlp_ratio.*nan"),
         ({"norm": "rmsnorm"}, ValueError, "no norm 'rmsnorm'; did you mean rms"),
         ({"norm_position": "middle"}, ValueError, "no norm_position 'middle'; known are post, pre"),
+        ({"norm_eps": 0}, ValueError, "norm_eps must be positive, got 0"),
+        ({"norm_eps": "1e-5"}, TypeError, "norm_eps must be a number, got '1e-5'"),
         ({"tie_embeddings": 1}, TypeError, "tie_embeddings must be true or false, got 1"),
+        ({"residual_in_fp32": 1}, TypeError, "residual_in_fp32 must be true or false, got 1"),
+        (
+            {"residual_in_fp32": True, "norm_position": "post"},
+            ValueError,
+            "residual_in_fp32 needs norm_position='pre', got 'post'",
+        ),
         ({"dropout": 1.0}, ValueError, "dropout must be at least 0 and below 1.0, got 1.0"),
         ({"dropout": "0.1"}, TypeError, "dropout must be a number, got '0.1'"),
         ({"auxiliary_weight": -0.5}, ValueError, "auxiliary_weight must be at least 0.*got -0.5"),

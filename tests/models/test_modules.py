@@ -40,6 +40,18 @@ def test_norms_initialise_from_the_meta_device(name: str):
     assert torch.equal(norm.weight, torch.ones(8))
 
 
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_have_the_epsilon_and_answer_in_their_own_dtype(name: str):
+    x = torch.full((1, 2, 8), 1e-3, dtype=torch.float64)
+    x[..., ::2] *= -1
+    x[:, 1] *= -1
+    for eps in (1e-5, 1e-6):
+        norm = NORMS[name](8, eps).double()
+        # mean 0 and mean square 1e-6, over the features as over the tokens
+        torch.testing.assert_close(norm(x).abs(), torch.full_like(x, 1e-3 * (1e-6 + eps) ** -0.5))
+    assert NORMS[name](8).bfloat16()(x.float()).dtype == torch.bfloat16
+
+
 def test_hidden_units_are_rounded_up():
     assert hidden_units(256, 8 / 3) == 688
     assert hidden_units(16, 0.01) == 16
