@@ -8,7 +8,7 @@ read; segments add 4 and 6, tiles of 32 channels another 4. B and C come from th
 in 64 channels. A kernel of one channel a program reads 64 bytes an element there and adds 128 atomically.
 
 What a program keeps for itself stays in the caches and is not counted: the carry between blocks, 8 bytes an element
-each way forward, and backward with the sums for A and the states that enter blocks 48. Arithmetic is the tighter
+each way forward, and backward with the sums for A and the states that enter blocks 64. Arithmetic is the tighter
 limit: an exponential an element and value of the state forward, and backward two, because h is recomputed first from
 the chunk to its blocks and then within them.
 """
@@ -148,7 +148,7 @@ def _entered(
         "p_factors": as_real(factors),
         "p_addends": as_real(carry),
         "ADJOINT": adjoint,
-        "ROWS": _rows(inputs, plan, adjoint),
+        "ROWS": _rows(inputs, adjoint),
     }
     if not adjoint:
         # neither is read: left out, they do not make a form of their own
@@ -175,10 +175,9 @@ def _entered(
     return {**buffers, "p_state": None, "SPLIT": True}, launches
 
 
-def _rows(inputs: Inputs, plan: Layout, backward: bool) -> int:
+def _rows(inputs: Inputs, backward: bool) -> int:
     """Tokens that a program holds at once: as many as registers allow."""
-    crowded = inputs.B.is_complex() or plan.block > properties(inputs.u.device).warp
-    return 4 if backward and crowded else 8
+    return 4 if backward or inputs.B.is_complex() else 8
 
 
 def plan_forward(inputs: Inputs, initial_state: Tensor | None) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
@@ -200,7 +199,7 @@ def plan_forward(inputs: Inputs, initial_state: Tensor | None) -> tuple[tuple[Te
         "p_y": y,
         "p_final": as_real(final_state),
         "p_chunks": as_real(chunk_states),
-        "ROWS": _rows(inputs, plan, False),
+        "ROWS": _rows(inputs, False),
     }
     reads = (*inputs.tensors(), initial_state)
     launches.append(Launch(forward_kernel, _grid(inputs, plan), arguments, reads, (y, final_state, chunk_states)))
@@ -229,7 +228,7 @@ def plan_backward(
     parts_norm = parts(tiles, batch * total, groups) if longhorn else None
     numbers = ((0 if longhorn else size * words) + 2) * width
     parts_slot = parts(plan.slots, numbers)
-    tokens = _rows(inputs, plan, True)
+    tokens = _rows(inputs, True)
     buffers, launches = _entered(inputs, plan, grad_final_state, grad_y)
     arguments = {
         **_common(inputs, plan),
@@ -246,6 +245,7 @@ def plan_backward(
         "p_parts_C": parts_C,
         "p_parts_norm": parts_norm,
         "p_parts": parts_slot,
+        "p_lost": None if longhorn else as_real(_scratch(inputs, plan.slots)),
         "p_entered": as_real(_scratch(inputs, plan.slots * (CHUNK // tokens))),
         "tokens": batch * total,
         "ROWS": tokens,

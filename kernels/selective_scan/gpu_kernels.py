@@ -120,16 +120,26 @@ def unstack(tile, ROWS: tl.constexpr):
 
 
 @triton.jit
-def exponential(x):
-    """``e**x`` to 0.8 units in the last place where that is normal: the device's own errs more, and to one side.
+def product_error(x, y, product):
+    """``x y - product`` where product is their rounded product; the halves' own products are exact."""
+    x_high = (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    y_high = (y.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    x_low, y_low = x - x_high, y - y_high
+    return ((x_high * y_high - product) + (x_high * y_low + x_low * y_high)) + x_low * y_low
 
-    Over a long memory such errors add up, and so does the rounding of an A that log2(e) is folded into. ``x = k log(2)
-    + f``, and ``e**f`` is ``1 + f + f^2 q(f)``; the sum with 1.5 * 2**23 rounds and leaves k in the low bits.
+
+@triton.jit
+def exponential(x, low):
+    """``e**(x + low)`` to 0.8 units in the last place where that is normal, for a low that x does not show.
+
+    The device's own errs more, and to one side; over a long memory such errors add up, and so does the rounding of an A
+    that log2(e) is folded into. ``x = k log(2) + f``, and ``e**f`` is ``1 + f + f^2 q(f)``; the sum with 1.5 * 2**23
+    rounds and leaves k in the low bits.
     """
     x = tl.clamp(x, -87.6, 89.0, propagate_nan=tl.PropagateNan.ALL)
     shifted = x * 1.4426950408889634 + 12582912.0
     k = shifted - 12582912.0
-    f = (x - k * 0.693359375) + k * 2.1219444e-4
+    f = (x - k * 0.693359375) + (k * 2.1219444e-4 + low)
     q = 0.04166635125875473 + f * (0.008369239047169685 + f * 0.0013941240031272173)
     q = 1.0 + f * (0.5 + f * (0.16666504740715027 + f * q))
     mantissa = (1.0 + f * q).to(tl.int32, bitcast=True)
@@ -138,35 +148,33 @@ def exponential(x):
 
 
 @triton.jit
-def softplus(values, ROWS: tl.constexpr):
+def softplus(x):
     """``log(1 + e^x)`` to a relative error: log1p of ``w`` as w less a series in ``w / (2 + w)``, at most a third."""
-    found = ()
-    for r in tl.static_range(ROWS):
-        x = values[r]
-        small = tl.exp(-tl.abs(x))
-        half = 0.5 * small * small
-        t = small / (2.0 + small)
-        s = t * t
-        # 2/3 + 2/5 s + ... + 2/13 s^5
-        series = 0.6666666667 + s * (
-            0.4 + s * (0.2857142857 + s * (0.2222222222 + s * (0.1818181818 + s * 0.1538461538)))
-        )
-        found = found + (tl.maximum(x, 0.0) + (small - (half - t * (half + s * series))),)
-    return found
+    small = exponential(-tl.abs(x), 0.0)
+    half = 0.5 * small * small
+    t = small / (2.0 + small)
+    s = t * t
+    # 2/3 + 2/5 s + ... + 2/13 s^5
+    series = 0.2222222222 + s * (0.1818181818 + s * 0.1538461538)
+    series = 0.6666666667 + s * (0.4 + s * (0.2857142857 + s * series))
+    return tl.maximum(x, 0.0) + (small - (half - t * (half + s * series)))
 
 
 @triton.jit
-def sine_cosine(x):
-    """Of fp32 angles up to some ten thousand, after reduction to an eighth of a turn.
+def sine_cosine(x, low):
+    """Of ``x + low``, fp32 angles up to some ten thousand, after reduction to an eighth of a turn.
 
     The library's own takes a path through local memory for the greatest angles, which would count as spills.
     """
     quarter = tl.floor(x * 0.6366197723675814 + 0.5)
-    r = ((x - quarter * 1.5703125) - quarter * 4.837512969970703e-4) - quarter * 7.549789948768648e-8
+    near = (x - quarter * 1.5703125) - quarter * 4.837512969970703e-4
+    rest = low - quarter * 7.549789948768648e-8
+    r = near + rest
+    rest = (near - r) + rest
     s = r * r
-    sine = r + r * s * (-1.6666654611e-1 + s * (8.3321608736e-3 - s * 1.9515295891e-4))
+    sine = r + (r * s * (-1.6666654611e-1 + s * (8.3321608736e-3 - s * 1.9515295891e-4)) + rest)
     series = 4.166664568298827e-2 + s * (-1.388731625493765e-3 + s * 2.443315711809948e-5)
-    cosine = 1.0 - (0.5 * s - s * s * series)
+    cosine = 1.0 - (0.5 * s - (s * s * series - r * rest))
     turn = quarter.to(tl.int32) & 3
     odd = (turn & 1) == 1
     first, second = tl.where(odd, cosine, sine), tl.where(odd, sine, cosine)
@@ -213,7 +221,7 @@ def load_steps(p_delta, bias, row, room, D, o_d, SOFTPLUS: tl.constexpr, ROWS: t
     entered = ()
     for r in tl.static_range(ROWS):
         entered = entered + (deltas[r][0].to(tl.float32) + bias,)
-    steps = softplus(entered, ROWS) if SOFTPLUS else entered
+    steps = unstack(softplus(stack(entered, ROWS)), ROWS) if SOFTPLUS else entered
     found = ()
     for r in tl.static_range(ROWS):
         found = found + ((tl.where(room > r, steps[r], 0.0), entered[r]),)
@@ -249,12 +257,15 @@ def decays(rates, rate_of_decay, numbers, LONGHORN: tl.constexpr, COMPLEX: tl.co
             factors = factors + ((a, a),)
     else:
         tile = stack(rates, ROWS)
-        sizes = exponential(tile * A[:, None])
+        exponents = tile * A[:, None]
         if COMPLEX:
-            sine, cosine = sine_cosine(tile * A_im[:, None])
+            # a phase that is not forgotten shows every rounding of its exponent
+            sizes = exponential(exponents, product_error(tile, A[:, None], exponents))
+            angles = tile * A_im[:, None]
+            sine, cosine = sine_cosine(angles, product_error(tile, A_im[:, None], angles))
             real, imaginary = unstack(sizes * cosine, ROWS), unstack(sizes * sine, ROWS)
         else:
-            real = unstack(sizes, ROWS)
+            real = unstack(exponential(exponents, 0.0), ROWS)
             imaginary = real
         for r in tl.static_range(ROWS):
             factors = factors + ((real[r], imaginary[r]),)
@@ -590,7 +601,7 @@ def summary_kernel(
         for i in range(N):
             if not MULTIPLIED:
                 A = load_rate(p_rates, slot, i, N, D, o_d, COMPLEX)
-                store_state(p_factors, slot * N + i, D, o_d, exponential(total * A[0]), total, needed, COMPLEX)
+                store_state(p_factors, slot * N + i, D, o_d, exponential(total * A[0], 0.0), total, needed, COMPLEX)
             elif COMPLEX and ADJOINT:
                 product, product_im = load_state(p_factors, slot * N + i, D, o_d, COMPLEX)
                 store_state(p_factors, slot * N + i, D, o_d, product, -product_im, needed, COMPLEX)
@@ -711,7 +722,7 @@ def forward_kernel(
 def backward_kernel(
     p_grad_y, p_state, p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_chunks,
     p_grad_u, p_grad_delta, p_grad_z, p_grad_state, p_parts_B, p_parts_C, p_parts_norm, p_parts,
-    p_rates, p_carry, p_entered, p_cu, T, S, D, G, N, segment, tokens,
+    p_rates, p_carry, p_lost, p_entered, p_cu, T, S, D, G, N, segment, tokens,
     SPLIT: tl.constexpr, SOFTPLUS: tl.constexpr, COMPLEX: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -744,6 +755,7 @@ def backward_kernel(
     if not LONGHORN:
         for i in range(N):
             store_state(p_parts, i, D, o_d, zero, zero, N > 0, COMPLEX)
+            store_state(p_lost, slot * N + i, D, o_d, zero, zero, N > 0, COMPLEX)
     if i_g < n_segments:
         begin(p_A, p_rates, p_state, p_carry, slot, i_s.to(tl.int64), N, D, o_d, SPLIT, COMPLEX)
         n = tl.minimum(length - i_g * segment, segment)
@@ -794,7 +806,12 @@ def backward_kernel(
                     store_state(p_carry, slot * N + i, D, o_d, carry, carry_im, n > 0, COMPLEX)
                     if not LONGHORN:
                         before, before_im = load_state(p_parts, i, D, o_d, COMPLEX)
-                        store_state(p_parts, i, D, o_d, before + in_A, before_im + in_A_im, n > 0, COMPLEX)
+                        lost, lost_im = load_state(p_lost, slot * N + i, D, o_d, COMPLEX)
+                        in_A, in_A_im = in_A - lost, in_A_im - lost_im
+                        after, after_im = before + in_A, before_im + in_A_im
+                        lost, lost_im = (after - before) - in_A, (after_im - before_im) - in_A_im
+                        store_state(p_parts, i, D, o_d, after, after_im, n > 0, COMPLEX)
+                        store_state(p_lost, slot * N + i, D, o_d, lost, lost_im, n > 0, COMPLEX)
                 tl.debug_barrier()
                 values = load_rows(p_u, row, 1, room, D, o_d, False, ROWS)
                 steps = load_steps(p_delta, bias, row, room, D, o_d, SOFTPLUS, ROWS)
