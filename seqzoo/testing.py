@@ -303,6 +303,94 @@ def selective_scan_cases(dtype: torch.dtype) -> Iterator[OpCase]:
         yield selective_scan_case(dtype, step_dtype=torch.float32)
 
 
+def linear_attention_case(
+    dtype: torch.dtype,
+    shape: tuple[int, int] = (2, 67),
+    *,
+    op: str = "linear_attention",
+    heads: int = 2,
+    groups: int | None = None,
+    key: int = 5,
+    value: int = 3,
+    decay: str | None = "token",
+    strength: float = 1.0,
+    lengths: Sequence[int] | None = None,
+    state: bool = True,
+    causal: bool = True,
+    scale: float | None = None,
+    decay_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> OpCase:
+    """Inputs of :func:`seqzoo.ops.linear_attention` and, with ``op="delta_rule"``, of :func:`seqzoo.ops.delta_rule`.
+
+    ``decay`` is None, ``"head"``, ``"token"`` or ``"key"``; its logarithms are uniform in ``(-strength, 0)``. The delta
+    rule's keys are normalised and its betas uniform in (0, 1.9).
+    """
+    g = torch.Generator().manual_seed(seed)
+    batch, total = shape if lengths is None else (1, sum(lengths))
+    rows, groups = batch if lengths is None else len(lengths), heads if groups is None else groups
+
+    def drawn(*extent: int) -> Tensor:
+        return 2 * _uniform(g, *extent) - 1
+
+    q, k, v = drawn(batch, total, groups, key), drawn(batch, total, groups, key), drawn(batch, total, heads, value)
+    shapes = {"head": (heads,), "token": (batch, total, heads), "key": (batch, total, heads, key)}
+    log_decay = None if decay is None else -strength * _uniform(g, *shapes[decay])
+    given = drawn(rows, heads, key, value).to(accumulator(dtype)) if state else None
+    tensors: dict[str, Tensor | None] = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype)}
+    options: dict[str, Any] = {"scale": scale, "cu_seqlens": None if lengths is None else boundaries(lengths)}
+    if op == "delta_rule":
+        tensors["k"] = torch.nn.functional.normalize(k, dim=-1).to(dtype)
+        tensors["beta"] = (1.9 * _uniform(g, batch, total, heads)).to(dtype)
+    else:
+        options["causal"] = causal
+    tensors["log_decay"] = None if log_decay is None else log_decay.to(decay_dtype or dtype)
+    tensors["initial_state"] = given
+    words = ["packed" if lengths is not None else f"{shape}", f"H={heads} G={groups} K={key} V={value}"]
+    words += ["no decay" if decay is None else f"{decay} decay", "" if strength == 1 else f"to -{strength}"]
+    words += ["" if causal else "whole", "state" if state else "", "" if scale is None else f"scale {scale}"]
+    words += ["fp32 decay" if decay_dtype == torch.float32 else "", str(dtype).split(".")[1]]
+    return OpCase(op, " ".join(filter(None, words)), tensors, options)
+
+
+def linear_attention_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``linear_attention``: every decay, weak and strong, groups, packed, causal or not."""
+    if dtype.is_complex:
+        return
+    for decay in (None, "head", "token", "key"):
+        yield linear_attention_case(dtype, decay=decay)
+        yield linear_attention_case(dtype, decay=decay, lengths=LENGTHS, heads=4, groups=2)
+    for decay in ("token", "key"):
+        yield linear_attention_case(dtype, (1, 130), decay=decay, heads=1, key=16, value=20, state=False, scale=1.0)
+        yield linear_attention_case(dtype, (1, 70), decay=decay, strength=50.0)
+        yield linear_attention_case(dtype, (1, 70), decay=decay, strength=0.0)
+    yield linear_attention_case(dtype, decay=None, causal=False)
+    yield linear_attention_case(dtype, decay=None, causal=False, lengths=LENGTHS, heads=4, groups=1)
+    for shape in ((1, 1), (2, 0), (0, 4), (1, 64)):
+        yield linear_attention_case(dtype, shape, heads=3, groups=1)
+    yield linear_attention_case(dtype, (2, 3), heads=3, value=0)
+    if dtype in HALF:
+        yield linear_attention_case(dtype, decay="key", decay_dtype=torch.float32)
+
+
+def delta_rule_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``delta_rule``: every decay, weak and strong, groups, packed."""
+    if dtype.is_complex:
+        return
+    for decay in (None, "token", "key"):
+        yield linear_attention_case(dtype, op="delta_rule", decay=decay)
+        yield linear_attention_case(dtype, op="delta_rule", decay=decay, lengths=LENGTHS, heads=4, groups=2)
+    for decay in ("token", "key"):
+        yield linear_attention_case(
+            dtype, (1, 130), op="delta_rule", decay=decay, heads=1, key=16, value=20, state=False, scale=1.0
+        )
+        yield linear_attention_case(dtype, (1, 70), op="delta_rule", decay=decay, strength=50.0)
+    for shape in ((1, 1), (2, 0), (0, 4), (1, 64)):
+        yield linear_attention_case(dtype, shape, op="delta_rule", heads=3, groups=1)
+    if dtype in HALF:
+        yield linear_attention_case(dtype, op="delta_rule", decay="key", decay_dtype=torch.float32)
+
+
 def linear_scan_cases(dtype: torch.dtype) -> Iterator[OpCase]:
     """The forms of ``linear_scan``: dense and packed, both directions, a in time or not, with and without state."""
     for reverse in (False, True):
@@ -350,6 +438,7 @@ OP_CASES: dict[str, Callable[[torch.dtype], Iterator[OpCase]]] = {
     "gated_scan": gated_scan_cases,
     "causal_conv": causal_conv_cases,
     "selective_scan": selective_scan_cases,
+    "linear_attention": linear_attention_cases,
 }
 
 
