@@ -7,3 +7,4 @@ from seqzoo.kernels.gated_scan import gated_scan as gated_scan
 from seqzoo.kernels.linear_attention import linear_attention as linear_attention
 from seqzoo.kernels.linear_scan import linear_scan as linear_scan
 from seqzoo.kernels.selective_scan import selective_scan as selective_scan
+from seqzoo.kernels.delta_rule import delta_rule as delta_rule

@@ -439,6 +439,7 @@ OP_CASES: dict[str, Callable[[torch.dtype], Iterator[OpCase]]] = {
     "causal_conv": causal_conv_cases,
     "selective_scan": selective_scan_cases,
     "linear_attention": linear_attention_cases,
+    "delta_rule": delta_rule_cases,
 }
 
 
@@ -495,11 +496,17 @@ class Subject:
     build: Callable[[], SequenceMixer]
 
     def make(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> SequenceMixer:
-        """The mixer at ``d_model`` 16, the same parameters every time."""
+        """The mixer at ``d_model`` 16, the same parameters every time, none of them at a special value.
+
+        What begins at zero or one, a gate that is the same for all tokens for instance, would be tested as that alone.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             mixer = self.build()
             mixer.reset_parameters()
+            with torch.no_grad():
+                for parameter in mixer.parameters():
+                    parameter += 0.1 * torch.randn_like(parameter)
         return mixer.to(device=device, dtype=dtype)
 
 
@@ -524,8 +531,17 @@ def subjects() -> list[Subject]:
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 1) -> Tensor:
     """Standard normal values on a grid of 1/64, the same in every precision."""
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    kind = torch.complex128 if dtype.is_complex else torch.float64
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=kind)
+    if dtype.is_complex:
+        drawn = torch.view_as_real(drawn)
+        return torch.view_as_complex((drawn * 64).round() / 64).to(device=device, dtype=dtype)
     return ((drawn * 64).round() / 64).to(device=device, dtype=dtype)
+
+
+def differentiable(tensor: Tensor) -> bool:
+    """Whether gradients exist for a tensor of this dtype."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def random_state(mixer: SequenceMixer, batch_size: int, x: Tensor, seed: int = 2) -> dict[str, Tensor]:

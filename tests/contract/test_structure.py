@@ -9,7 +9,7 @@ import torch
 
 from seqzoo import create, fork, list_mixers, parameter_groups
 from seqzoo.mixer import registration
-from seqzoo.testing import FEW_LENGTHS, Subject, boundaries, excess, inputs, parameters_of, random_state
+from seqzoo.testing import FEW_LENGTHS, Subject, boundaries, differentiable, excess, inputs, parameters_of, random_state
 
 
 def test_same_bits_twice(subject: Subject, dtype, device):
@@ -30,7 +30,7 @@ def test_gradient_reaches_every_parameter_and_the_initial_state(subject: Subject
     state = None
     if "state" not in mixer.limits:
         state = random_state(mixer, 2, x)
-        sources |= {key: value.requires_grad_() for key, value in state.items() if value.is_floating_point()}
+        sources |= {key: value.requires_grad_() for key, value in state.items() if differentiable(value)}
     y, _ = mixer(x, state)
     for (name, source), gradient in zip(
         sources.items(), torch.autograd.grad(y.square().sum(), list(sources.values())), strict=True
@@ -223,7 +223,11 @@ def test_bad_states(subject: Subject):
         ({}, ValueError, f"a state of {name} has the keys"),
         (state | {"foreign": x}, ValueError, "foreign"),
         ({k: v[:1] for k, v in state.items()}, ValueError, rf"state\['{key}'\] of {name} must have shape .* got \(1,"),
-        ({k: v.half() for k, v in state.items()}, TypeError, r"float16"),
+        (
+            {k: v.to(torch.complex128 if v.is_complex() else torch.float16) for k, v in state.items()},
+            TypeError,
+            "got torch",
+        ),
         ({k: v.to("meta") for k, v in state.items()}, ValueError, "is on meta, the input on cpu"),
         ([state], TypeError, "dict of Tensors, got list"),
     ):
