@@ -21,7 +21,7 @@ train: .venv/created
 	$(BIN)/seqzoo train --minutes $(MINUTES) $(ARGS)
 
 test: .venv/created
-	$(BIN)/python -m pytest --ignore tests/benchmarks $(ARGS)
+	$(BIN)/python -m pytest --ignore tests/benchmarks --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 bench: .venv/created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt '.[bench]'

@@ -24,6 +24,8 @@ class Launch:
         writes: The tensors whose every element it writes.
         num_warps: Warps of a program.
         num_stages: Depth of the software pipeline.
+        registers: Most registers a thread may have. None leaves the number to the assembler: NVIDIA's may lower it at
+            the price of spills so that more programs fit; AMD's compiler is never told.
     """
 
     kernel: Any
@@ -33,11 +35,14 @@ class Launch:
     writes: tuple[Tensor | None, ...]
     num_warps: int = 1
     num_stages: int = 1
+    registers: int | None = None
 
     def options(self) -> dict[str, Any]:
         """What the compiler is told beside the arguments."""
         # said explicitly because Triton's default differs between its backends and will change
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        # Triton refuses an option that a device's backend does not know
+        return options if self.registers is None or torch.version.hip else {**options, "maxnreg": self.registers}
 
     def traffic(self) -> int:
         """Bytes that the launch moves between memory and the chip when nothing is moved twice."""

@@ -37,6 +37,8 @@ from seqzoo.kernels.selective_scan.op import CHUNK
 # segments compute every exponential twice: they pay only where not even half of the schedulers have a warp
 FILLED = 2
 WANTED = 8
+# all that a thread can have: the programs that WANTED asks for fit, and the assembler's own lower choice spills
+REGISTERS = 255
 # numbers that a program of the last launch adds up
 BLOCK = 256
 
@@ -169,7 +171,7 @@ def _entered(
     width, size = inputs.u.shape[2], inputs.B.shape[3]
     rows = inputs.u.shape[0] if inputs.sequences is None else inputs.sequences
     launches = [
-        Launch(summary_kernel, _grid(inputs, plan), summaries, reads, (factors, carry)),
+        Launch(summary_kernel, _grid(inputs, plan), summaries, reads, (factors, carry), registers=REGISTERS),
         Launch(enter_kernel, (rows * size * -(-width // plan.block),), enter, (state, factors, carry), (carry,)),
     ]
     return {**buffers, "p_state": None, "SPLIT": True}, launches
@@ -253,7 +255,7 @@ def plan_backward(
     reads = (grad_y, grad_final_state, *inputs.tensors(), chunk_states)
     partial = (parts_B, parts_C, parts_norm, parts_slot)
     writes = (grad_u, grad_delta, grad_z, grad_state, *partial)
-    launches.append(Launch(backward_kernel, _grid(inputs, plan), arguments, reads, writes))
+    launches.append(Launch(backward_kernel, _grid(inputs, plan), arguments, reads, writes, registers=REGISTERS))
     arguments = {
         "p_parts_B": parts_B,
         "p_parts_C": parts_C,

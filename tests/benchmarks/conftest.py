@@ -1,4 +1,4 @@
-"""Measuring beside the limit of the same machine, and the table and picture that come of it.
+"""Measuring beside the limit of the same machine, and the tables and pictures that come of it, one a file.
 
 Every benchmark belongs to a group (an op or layer at one shape); each group holds a ``limit``, what the machine could
 do at best, and peers where they are installed. On the CPU glibc's thresholds are raised for all alike, as the training
@@ -25,7 +25,7 @@ CACHE = 1 << 27
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", default=str(RESULTS), help="folder for the table and the picture of the benchmarks")
+    parser.addoption("--results", default=str(RESULTS), help="folder for the tables and pictures of the benchmarks")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -141,6 +141,7 @@ def _picture(benchmarks: list, path: Path) -> None:
             place += 1
         place += 1
     axes.set_yticks(ticks, labels, fontsize=8)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("median, milliseconds (grey: limit, blue: SeqZoo, orange: peers)")
@@ -168,10 +169,14 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if not benchmarks:
         return
     device = config.getoption("--device")
-    folder = Path(config.getoption("--results"))
+    folder = Path(config.getoption("--results")) / device
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"# Benchmarks, {device}", "", _hardware(device), "", *_table(benchmarks)]
-    (folder / f"{device}.md").write_text("\n".join(lines) + "\n")
-    _picture(benchmarks, folder / f"{device}.png")
-    terminalreporter.write_line("\n".join(lines[2:]))
-    terminalreporter.write_line(f"written to {folder / device}.md and .png")
+    files: dict[str, list] = {}
+    for one in benchmarks:
+        files.setdefault(Path(one.fullname.split("::")[0]).stem.removeprefix("test_"), []).append(one)
+    for name, entries in files.items():
+        lines = [f"# {name}, {device}", "", _hardware(device), "", *_table(entries)]
+        (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+        _picture(entries, folder / f"{name}.png")
+        terminalreporter.write_line("\n".join(lines[2:]))
+    terminalreporter.write_line(f"tables and pictures are in {folder}")

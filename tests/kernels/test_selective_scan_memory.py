@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("numba")
 
-# in a process of its own: the peak of a process never sinks. Large blocks are mapped and given back, so the peak is
-# what lives at once. A first call at a small size compiles, and touches the memory of the libraries
+# in a process of its own, where large blocks are mapped and given back, so the peak is what lives at once. A first call
+# at a small size compiles, which takes the most memory of all, and touches the memory of the libraries
 SCRIPT = """
-import resource, sys
+import ctypes, sys
 import torch
 from seqzoo.ops import selective_scan
 
@@ -34,19 +34,21 @@ def run(given, weight):
 def bytes_of(values):
     return sum(value.numel() * value.element_size() for value in values)
 
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def status(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name)) * 1024
 
 dtype, width, size, groups = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:])
 small = tensors(300, width, size, groups, dtype)
 run(small, torch.ones_like(small[0]))
 given = tensors(8192, width, size, groups, dtype)
 weight = torch.ones_like(given[0])
-before = resident()
+ctypes.CDLL(None).malloc_trim(0)
+before = status("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # resets the peak
 y, final, gradients = run(given, weight)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print((peak - before + bytes_of([*given, weight])) / bytes_of([*given, weight, y, final, *gradients]))
+print((status("VmHWM") - before + bytes_of([*given, weight])) / bytes_of([*given, weight, y, final, *gradients]))
 """
 
 
