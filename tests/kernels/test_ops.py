@@ -30,12 +30,15 @@ WIDE = dispatch.WIDE
 
 
 def parity_cases() -> list[pytest.param]:
-    """Every form on every implementation; of the GPU kernels in the interpreter, which is slow, float32's and a few."""
+    """Every form on every implementation; of the GPU kernels in the interpreter, which is slow, small ones and a few."""
     found = []
     for backend, op, dtype in itertools.product(("chunked", "cpu", "gpu"), OP_CASES, DTYPES):
         for case in OP_CASES[op](dtype):
+            elements = sum(tensor.numel() for tensor in case.tensors.values() if tensor is not None)
+            quick = elements < (5000 if dtype in (torch.float32, torch.complex64) else 2500)
             telling = dtype in (torch.float32, torch.complex64) or ("packed" in case.label and dtype == torch.bfloat16)
-            marks = [] if backend != "gpu" or telling or torch.cuda.is_available() else [pytest.mark.slow]
+            fast = backend != "gpu" or (telling and quick) or torch.cuda.is_available()
+            marks = [] if fast else [pytest.mark.slow]
             found.append(pytest.param(backend, case, id=f"{backend} {op} {case.label}", marks=marks))
     return found
 
