@@ -23,7 +23,9 @@ def check_activation(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in allowed:
-        raise TypeError(f"{name} must be one of {', '.join(map(_short, allowed))}, got {_short(tensor.dtype)}")
+        raise TypeError(
+            f"{name} must be one of {', '.join(dict.fromkeys(map(_short, allowed)))}, got {_short(tensor.dtype)}"
+        )
 
 
 def check_parameter(name: str, tensor: Tensor, activation: str, dtype: torch.dtype) -> None:
@@ -62,11 +64,6 @@ def check_device(name: str, tensor: Tensor, activation: str, device: torch.devic
     """Raises ValueError unless ``tensor`` is on ``device``, where the activation is."""
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, {activation} on {device}; move one of them")
-
-
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to record an op on these tensors."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def check_finite(**tensors: Tensor | None) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seqzoo.kernels.checks import HALF, REAL, accumulator
+from seqzoo.modules.options import check_count
 from seqzoo.packing import Packing, check_form
 
 State = dict[str, Tensor]
@@ -72,9 +73,7 @@ class SequenceMixer(nn.Module):
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        if not isinstance(d_model, int) or d_model < 1:
-            raise ValueError(f"d_model must be a positive integer, got {d_model!r}")
-        self.d_model = d_model
+        self.d_model = check_count("d_model", d_model)
 
     # -- what a mixer defines --
 
@@ -226,7 +225,8 @@ class SequenceMixer(nn.Module):
 
     def _weight(self) -> Tensor | None:
         """The parameter that tells device and dtype: the first that is not kept in float32, if there is one."""
-        kept = {id(p) for mixer in self.modules() if isinstance(mixer, SequenceMixer) for p in mixer._fp32()}
+        mixers = (module for module in self.modules() if isinstance(module, SequenceMixer))
+        kept = {id(parameter) for mixer in mixers for parameter in mixer.wide_parameters().values()}
         parameters = list(self.parameters())
         return next((p for p in parameters if id(p) not in kept), parameters[0] if parameters else None)
 
@@ -243,7 +243,7 @@ class SequenceMixer(nn.Module):
             return
         if x.device != weight.device:
             raise ValueError(f"the input is on {x.device}, {name} on {weight.device}; move one of them")
-        only_fp32 = any(weight is parameter for parameter in self._fp32())
+        only_fp32 = any(weight is parameter for parameter in self.wide_parameters().values())
         if x.dtype != weight.dtype and not only_fp32 and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"the input is {x.dtype}, the parameters of {name} are {weight.dtype}; convert one of them")
         if x.dtype not in REAL:
@@ -271,14 +271,38 @@ class SequenceMixer(nn.Module):
             if value.device != x.device:
                 raise ValueError(f"state[{key!r}] is on {value.device}, the input on {x.device}; move one of them")
 
-    def _fp32(self) -> Iterable[nn.Parameter]:
-        return (self.get_parameter(name) for name in self.fp32_parameters)
+    def wide_parameters(self) -> dict[str, Tensor]:
+        """The ``fp32_parameters`` by name, without those that something else stands for, as in a pruned layer.
+
+        Plain tensors where ``torch.func.functional_call`` put them.
+        """
+        found = {}
+        for name in self.fp32_parameters:
+            *path, leaf = name.split(".")
+            owner: nn.Module | None = self
+            for part in path:
+                owner = None if owner is None else owner._modules.get(part)
+            parameter = None if owner is None else owner._parameters.get(leaf)
+            if parameter is not None:
+                found[name] = parameter
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # what was made under a narrow default dtype
+        if isinstance(value, (nn.Parameter, nn.Module)):
+            self._widen()
+
+    def _widen(self) -> None:
+        for parameter in self.wide_parameters().values():
+            if parameter.dtype in HALF:
+                parameter.data = parameter.data.float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequenceMixer:
-        kept = {name: self.get_parameter(name).data for name in self.fp32_parameters}
+        kept = {name: parameter.data for name, parameter in self.wide_parameters().items()}
         super()._apply(fn, recurse)
-        for name, before in kept.items():
-            parameter = self.get_parameter(name)
+        for name, parameter in self.wide_parameters().items():
+            before = kept[name]
             if parameter.dtype in HALF:
                 parameter.data = before.to(parameter.device, torch.float32)
                 if parameter.grad is not None:
@@ -288,9 +312,7 @@ class SequenceMixer(nn.Module):
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
         # assign=True takes the stored tensors as they are
-        for parameter in self._fp32():
-            if parameter.dtype in HALF:
-                parameter.data = parameter.data.float()
+        self._widen()
 
 
 def fork(state: State | list[State] | tuple[State, ...], n: int) -> Any:

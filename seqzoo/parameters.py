@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from seqzoo.mixer import nearest
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, lr: float | Tensor, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Groups the parameters of a model for a PyTorch optimiser, with the options that each module asks for.
 
     A module's ``parameter_options()`` maps names of its parameters to ``weight_decay`` (absolute) and ``lr_scale``
@@ -46,8 +46,10 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
             seen.add(id(parameter))
             wanted = options.get(name, {})
             decay = wanted.get("weight_decay", weight_decay if parameter.dim() >= 2 else 0.0)
-            rate = lr * wanted.get("lr_scale", 1.0)
-            group = groups.setdefault((rate, decay), {"params": [], "names": [], "lr": rate, "weight_decay": decay})
+            scale = wanted.get("lr_scale", 1.0)
+            fresh = {"params": [], "names": [], "lr": lr * scale, "weight_decay": decay}
+            # by the scale: a rate that is a tensor equals none but itself
+            group = groups.setdefault((scale, decay), fresh)
             group["params"].append(parameter)
             group["names"].append(f"{prefix}.{name}" if prefix else name)
     return [groups[key] for key in sorted(groups, reverse=True)]

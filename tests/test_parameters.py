@@ -26,6 +26,12 @@ def test_options_and_defaults():
     }
 
 
+def test_a_rate_that_is_a_tensor():
+    groups = parameter_groups(nn.Sequential(nn.Linear(16, 16), PlainMixer(16)), torch.tensor(0.1))
+    assert sorted(len(group["params"]) for group in groups) == [1, 3]
+    torch.optim.AdamW(groups, foreach=False)
+
+
 def test_shared_and_frozen_parameters():
     one = nn.Linear(4, 4, bias=False)
     model = nn.ModuleList([one, one, nn.Linear(4, 4, bias=False).requires_grad_(False)])

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from seqzoo.kernels.checks import (
     check_activation,
@@ -16,8 +15,8 @@ from seqzoo.kernels.checks import (
     check_rank,
     check_same,
     check_shape,
-    needs_gradient,
 )
+from seqzoo.kernels.derivatives import needs_gradient, once
 from seqzoo.kernels.dispatch import check_boundaries, define, slot
 from seqzoo.packing import Packing, assert_values, boundaries
 
@@ -177,7 +176,7 @@ class _CausalConv(torch.autograd.Function):
         return _forward(x, weight, bias, initial_state, cu_seqlens, activation, backend)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore - torch types no arity
         _, _, bias, initial_state, _ = ctx.saved_tensors
         grad_x, grad_weight, grad_bias, grad_state = _backward(*gradients, *ctx.saved_tensors, *ctx.options)

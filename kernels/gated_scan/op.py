@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from seqzoo.kernels.checks import accumulator, check_activation, check_finite, check_rank, needs_gradient
+from seqzoo.kernels.checks import accumulator, check_activation, check_finite, check_rank
+from seqzoo.kernels.derivatives import needs_gradient, once
 from seqzoo.kernels.dispatch import check_boundaries, define, slot
 from seqzoo.kernels.linear_scan.op import check_state, keeps_output, n_chunk_states
 from seqzoo.packing import Packing, assert_values, boundaries
@@ -172,7 +172,7 @@ class _GatedScan(torch.autograd.Function):
         return h, final_state
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore - torch types no arity
         grad_h, grad_final_state = gradients
         x, initial_state, h, chunk_states, cu_seqlens = ctx.saved_tensors

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from seqzoo.kernels.checks import (
     COMPLEX,
@@ -19,8 +18,8 @@ from seqzoo.kernels.checks import (
     check_parameter,
     check_rank,
     check_shape,
-    needs_gradient,
 )
+from seqzoo.kernels.derivatives import needs_gradient, once
 from seqzoo.kernels.dispatch import check_boundaries, chosen, define, slot
 from seqzoo.packing import Packing, assert_values, boundaries
 
@@ -194,7 +193,7 @@ class _LinearScan(torch.autograd.Function):
         return h, final_state
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore - torch types no arity
         grad_h, grad_final_state = gradients
         a, b, initial_state, h, chunk_states, cu_seqlens = ctx.saved_tensors

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from seqzoo.kernels.checks import (
     COMPLEX_OF,
@@ -19,8 +18,8 @@ from seqzoo.kernels.checks import (
     check_same,
     check_shape,
     check_sign,
-    needs_gradient,
 )
+from seqzoo.kernels.derivatives import needs_gradient, once
 from seqzoo.kernels.dispatch import check_boundaries, chosen, define, slot
 from seqzoo.packing import Packing, assert_values, boundaries
 
@@ -98,9 +97,10 @@ def selective_scan(
     check_activation("u", u)
     check_rank("u", u, 3, "(B, T, D)")
     number = _check_decay(u, A, transition)
-    _check_projections(u, B, C, number)
     if A is not None:
-        check_shape("A", A, (u.shape[2], B.shape[-1]), of="(D, N)")
+        check_rank("A", A, 2, "(D, N)")
+        check_shape("A", A, (u.shape[2], A.shape[1]), of="(D, N)")
+    _check_projections(u, None if A is None else A.shape[1], B, C, number)
     _check_channelwise(u, delta, D, z, delta_bias)
     bounds = boundaries(cu_seqlens, u.shape[0], u.shape[1], u.device)
     state = None if initial_state is None else _check_state(initial_state, u, B, bounds, number)
@@ -140,13 +140,13 @@ def _check_decay(u: Tensor, A: Tensor | None, transition: str) -> torch.dtype:
     return complex_dtype if A.is_complex() else u.dtype
 
 
-def _check_projections(u: Tensor, B: Tensor, C: Tensor, number: torch.dtype) -> None:
+def _check_projections(u: Tensor, size: int | None, B: Tensor, C: Tensor, number: torch.dtype) -> None:
     batch, total, width = u.shape
     for name, value in (("B", B), ("C", C)):
         check_same(name, value, "u" if number == u.dtype else "a complex A", number)
     if B.dim() not in (3, 4):
         raise ValueError(f"B must have shape (B, T, N) or (B, T, G, N), got {tuple(B.shape)}")
-    groups, size = (1 if B.dim() == 3 else B.shape[2]), B.shape[-1]
+    groups, size = (1 if B.dim() == 3 else B.shape[2]), B.shape[-1] if size is None else size
     if groups < 1 or width % groups != 0:
         raise ValueError(f"the groups of B must divide the {width} channels of u, got {groups}")
     check_shape("B", B, (batch, total, size), (batch, total, groups, size), of="(B, T, N) or (B, T, G, N)")
@@ -260,7 +260,7 @@ class _SelectiveScan(torch.autograd.Function):
         return y, final_state
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore - torch types no arity
         *inputs, cu_seqlens, chunk_states = ctx.saved_tensors
         found = _backward(*gradients, *inputs, chunk_states, cu_seqlens, *ctx.options)

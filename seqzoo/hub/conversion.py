@@ -14,6 +14,7 @@ from typing import Any
 
 from seqzoo.mixer import registration
 from seqzoo.models.config import ModelConfig
+from seqzoo.modules.options import scaled_width
 
 # keys that what a trained model computes does not depend on
 IGNORED = frozenset(
@@ -226,7 +227,7 @@ def _divide_mamba(d_model: int, options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         # transformers takes integers alone, and the intermediate size where the two disagree
         "expand": max(1, round(options["expand"])),
-        "intermediate_size": int(options["expand"] * d_model),
+        "intermediate_size": scaled_width(d_model, "expand", options["expand"]),
         "time_step_rank": -(-d_model // 16) if rank is None else rank,
     }
 

@@ -143,7 +143,15 @@ def _read(files: list[Path], family: Family, tied: bool) -> dict[str, Tensor]:
     embedding, head = family.rename("embedding.weight"), family.rename("head.weight")
     if tied and head in stored:
         output = stored.pop(head)
-        if not torch.equal(stored.setdefault(embedding, output), output):
+        tied_to = stored.setdefault(embedding, output)
+        if tied_to.shape != output.shape:
+            raise ValueError(
+                f"{files[0].parent} holds {head} of shape {tuple(output.shape)} and {embedding} of "
+                f"{tuple(tied_to.shape)}, though {CONFIG} ties them; one of the three is of another model"
+            )
+        # one may be stored narrower; NaN is no difference
+        narrow = min(tied_to.dtype, output.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.allclose(tied_to.to(narrow), output.to(narrow), rtol=0, atol=0, equal_nan=True):
             raise ValueError(
                 f"{files[0].parent} holds {head} different from {embedding}, though {CONFIG} ties them; "
                 'to keep both set "tie_word_embeddings": false there'

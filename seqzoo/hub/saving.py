@@ -263,7 +263,7 @@ def _fill(model: nn.Module, stored: Mapping[str, Tensor], source: Path, rename: 
 def fp32_parameters(model: nn.Module) -> set[int]:
     """The identities of the parameters that stay float32 when the model becomes narrower."""
     mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
-    return {id(mixer.get_parameter(name)) for mixer in mixers for name in mixer.fp32_parameters}
+    return {id(parameter) for mixer in mixers for parameter in mixer.wide_parameters().values()}
 
 
 def locate(path_or_hub_id: str | os.PathLike[str], files: Sequence[str] = FILES) -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from seqzoo.mixer import register
+from seqzoo.modules.options import check_number
 from seqzoo.modules.selective_block import SelectiveBlock
 
 
@@ -75,10 +76,10 @@ class Mamba(SelectiveBlock):
             conv_bias=conv_bias,
             norm_eps=norm_eps,
         )
-        if not 0 < dt_min <= dt_max or dt_init_floor <= 0:
-            raise ValueError(
-                f"0 < dt_min <= dt_max and 0 < dt_init_floor must hold, got {dt_min}, {dt_max} and {dt_init_floor}"
-            )
+        if check_number("dt_min", dt_min, above=0) > check_number("dt_max", dt_max, above=0):
+            raise ValueError(f"dt_min must not be above dt_max, got {dt_min} and {dt_max}")
+        if check_number("dt_init_floor", dt_init_floor) < 0:
+            raise ValueError(f"dt_init_floor must not be negative, got {dt_init_floor}")
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         self.A_log = nn.Parameter(torch.empty(self.width, d_state))
         self.reset_parameters()

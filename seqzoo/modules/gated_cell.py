@@ -11,6 +11,7 @@ from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.gated_scan import gated_scan
 from seqzoo.kernels.gated_scan.op import CELLS, check_range
 from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec
+from seqzoo.modules.options import check_flags, scaled_width
 from seqzoo.modules.short_conv import ShortConv
 from seqzoo.packing import Packing
 
@@ -33,9 +34,8 @@ class GatedCell(SequenceMixer):
         d_conv: int | None = None,
     ) -> None:
         super().__init__(d_model)
-        width = int(d_model * expand)
-        if width < 1 or width != d_model * expand:
-            raise ValueError(f"expand * d_model must be a positive integer, got {expand} * {d_model}")
+        width = scaled_width(d_model, "expand", expand)
+        check_flags(bias=bias)
         lo, hi = check_range(gate_range)
         project = width != d_model if output_projection is None else output_projection
         if not project and width != d_model:

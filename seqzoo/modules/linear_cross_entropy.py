@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from seqzoo.kernels.checks import accumulator
+from seqzoo.kernels.derivatives import needs_gradient, once
 from seqzoo.kernels.dispatch import library, slot
 
 IGNORED = -100
@@ -46,7 +46,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk_size: 
     if slot.backend == "reference":
         logits = F.linear(x, weight).to(accumulator(x.dtype))
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / count
-    grad = torch.is_grad_enabled()
+    grad = needs_gradient(x, weight)
     return (
         _LinearCrossEntropy.apply(
             x, weight, labels, chunk_size, grad and x.requires_grad, grad and weight.requires_grad
@@ -61,18 +61,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, want_x: bool, want_weight: bool
     ) -> Tensor:
         loss, grad_x, grad_weight = _op(x, weight, labels, chunk_size, want_x, want_weight)
-        ctx.save_for_backward(grad_x, grad_weight)
+        # x and the weight for what a second derivative would depend on
+        ctx.save_for_backward(grad_x, grad_weight, x, weight)
         ctx.wanted = want_x, want_weight
         ctx.dtype = x.dtype
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore - torch types no arity
         # in the accumulator's dtype: a loss scale and the number of tokens together may leave float16's range
         scaled = [
             (grad.to(grad_loss.dtype) * grad_loss).to(ctx.dtype) if wanted else None
-            for grad, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+            for grad, wanted in zip(ctx.saved_tensors[:2], ctx.wanted, strict=True)
         ]
         return *scaled, None, None, None, None
 

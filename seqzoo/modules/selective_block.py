@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.selective_scan import selective_scan
 from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec
+from seqzoo.modules.options import check_count, check_flags, check_number, scaled_width
 from seqzoo.modules.short_conv import ShortConv
 from seqzoo.packing import Packing
 
@@ -40,15 +41,14 @@ class SelectiveBlock(SequenceMixer):
         norm_eps: float | None = None,
     ) -> None:
         super().__init__(d_model)
-        width = int(d_model * expand)
-        if width < 1 or width != d_model * expand:
-            raise ValueError(f"expand * d_model must be a positive integer, got {expand} * {d_model}")
-        rank = -(-d_model // 16) if dt_rank is None else dt_rank
-        for name, value in (("d_state", d_state), ("dt_rank", rank)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if norm_eps is not None and not norm_eps > 0:
-            raise ValueError(f"norm_eps must be positive, or None for no norm, got {norm_eps!r}")
+        width = scaled_width(d_model, "expand", expand)
+        if isinstance(dt_rank, str):
+            raise ValueError(f"dt_rank must be a positive integer, or None for d_model / 16, got {dt_rank!r}")
+        rank = -(-d_model // 16) if dt_rank is None else check_count("dt_rank", dt_rank)
+        d_state = check_count("d_state", d_state)
+        if norm_eps is not None:
+            check_number("norm_eps (None for no norm)", norm_eps, above=0)
+        check_flags(bias=bias, conv_bias=conv_bias)
         self.width, self.d_state, self.dt_rank, self.norm_eps = width, d_state, rank, norm_eps
         self.in_proj = nn.Linear(d_model, 2 * width, bias=bias)
         self.conv1d = ShortConv(width, d_conv, bias=conv_bias, activation="silu")
@@ -89,7 +89,11 @@ class SelectiveBlock(SequenceMixer):
         """The step's projection ``(B, T, E)``, B and C ``(B, T, d_state)`` of every token."""
         low, B, C = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         if self.norm_eps is not None:
-            low, B, C = (F.rms_norm(value, value.shape[-1:], eps=self.norm_eps) for value in (low, B, C))
+            low, B, C = (
+                # CUDA's autocast widens it
+                F.rms_norm(value, value.shape[-1:], eps=self.norm_eps).to(value.dtype)
+                for value in (low, B, C)
+            )
         return self.dt_proj(low), B, C
 
     def step_from(self, delta: Tensor) -> Tensor:

@@ -7,12 +7,19 @@ import torch
 
 from seqzoo import ops
 from seqzoo.kernels import dispatch
-from seqzoo.ops import causal_conv, gated_scan, linear_scan
+from seqzoo.ops import causal_conv, gated_scan, linear_scan, selective_scan
 from seqzoo.packing import Packing
 
 B = torch.zeros(2, 5, 3)
 A = torch.zeros(2, 5, 3)
 W = torch.zeros(3, 4)
+# of a selective scan: N = 2
+RATES, READ = -torch.ones(3, 2), torch.zeros(2, 5, 2)
+
+
+def selective(**changes):
+    given = {"u": B, "delta": A, "A": RATES, "B": READ, "C": READ}
+    return selective_scan(**(given | changes))
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -96,6 +103,38 @@ def ints(*values: int) -> torch.Tensor:
             ValueError,
             r"initial_state must have shape \(S, W - 1, D\) = \(2, 3, 3\)",
         ),
+        (lambda: selective(u=B[0]), ValueError, r"u must have 3 dimensions, \(B, T, D\), got 2"),
+        (lambda: selective(delta=A.double()), TypeError, r"delta must be float32 beside u of float32, got float64"),
+        (lambda: selective(delta=A[..., :2]), ValueError, r"delta must have shape \(B, T, D\) = \(2, 5, 3\), got"),
+        (lambda: selective(A=None), ValueError, r"A must be given for the transition 'exponential'"),
+        (lambda: selective(transition="longhorn"), ValueError, r"A must be None for the transition 'longhorn'"),
+        (lambda: selective(transition="zoh"), ValueError, r"one of exponential, longhorn, got 'zoh'"),
+        (lambda: selective(A=RATES.long()), TypeError, r"A must be one of float32, complex64, got int64"),
+        (lambda: selective(A=RATES[:, 0]), ValueError, r"A must have 2 dimensions, \(D, N\), got 1"),
+        (lambda: selective(A=RATES[:2]), ValueError, r"A must have shape \(D, N\) = \(3, 2\), got \(2, 2\)"),
+        (lambda: selective(A=RATES.to(torch.complex64)), TypeError, r"B must be complex64 beside a complex A"),
+        (
+            lambda: selective(B=READ.transpose(1, 2)),
+            ValueError,
+            r"B must have shape \(B, T, N\) .* = \(2, 5, 2\) or \(2, 5, 1, 2\), got \(2, 2, 5\)",
+        ),
+        (lambda: selective(C=READ[:, :, None]), ValueError, r"C must have shape that of B = \(2, 5, 2\)"),
+        (
+            lambda: selective(B=READ[:, :, None].repeat(1, 1, 2, 1), C=READ[:, :, None].repeat(1, 1, 2, 1)),
+            ValueError,
+            r"the groups of B must divide the 3 channels of u, got 2",
+        ),
+        (lambda: selective(D=torch.zeros(1)), ValueError, r"D must have shape \(D,\) = \(3,\), got \(1,\)"),
+        (lambda: selective(z=B.bfloat16()), TypeError, r"z must be float32 beside u, got bfloat16"),
+        (lambda: selective(delta_bias=torch.zeros(2)), ValueError, r"delta_bias must have shape \(D,\)"),
+        (lambda: selective(z=B.to("meta")), ValueError, r"z is on meta, u on cpu"),
+        (
+            lambda: selective_scan(
+                B[:1], A[:1], RATES, READ[:1], READ[:1], initial_state=torch.zeros(1, 3, 2), cu_seqlens=ints(0, 2, 5)
+            ),
+            ValueError,
+            r"initial_state must have shape \(S, D, N\) = \(2, 3, 2\), got \(1, 3, 2\)",
+        ),
     ],
 )
 def test_bad_input(call, error, words):
@@ -109,6 +148,7 @@ def test_broken_boundaries_never_index(backend: str):
     for call in (
         lambda: linear_scan(A[:1], B[:1], cu_seqlens=ints(0, 500)),
         lambda: causal_conv(B[:1], W, cu_seqlens=ints(0, 500)),
+        lambda: selective_scan(B[:1], A[:1], RATES, READ[:1], READ[:1], cu_seqlens=ints(0, 500)),
     ):
         with dispatch.backend(backend), pytest.raises(ValueError, match="end at the number of tokens"):
             call()
@@ -129,6 +169,11 @@ def test_values_are_looked_at_only_when_asked_for():
         linear_scan(A, poisoned)
     with ops.checks(), pytest.raises(ValueError, match="x must be finite"):
         gated_scan(poisoned[..., :2], cell="min_gru")
+    with ops.checks(), pytest.raises(ValueError, match="delta must be finite"):
+        selective(delta=poisoned)
+    with ops.checks(), pytest.raises(ValueError, match=r"A must not be positive, got 1.0 at index \(0, 0\)"):
+        selective(A=-RATES)
+    selective(A=-RATES)
     assert torch.isnan(linear_scan(A, poisoned)[0]).any()
 
 

@@ -144,6 +144,40 @@ def test_what_stays_float32(name: str):
 
 
 @pytest.mark.parametrize("name", ["mamba", "longhorn"])
+def test_a_narrow_default_dtype_narrows_no_more_than_a_conversion(name: str):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        mixer = create(name, d_model=32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    converted = create(name, d_model=32).bfloat16()
+    kinds = [{key: value.dtype for key, value in one.named_parameters()} for one in (mixer, converted)]
+    assert kinds[0] == kinds[1]
+    if name == "mamba":
+        torch.testing.assert_close(mixer.A_log[0], torch.arange(1.0, 17).log())
+
+
+@pytest.mark.parametrize("name", ["mamba", "longhorn"])
+def test_parameters_that_something_else_stands_for(name: str):
+    mixer, x = create(name, d_model=32), inputs((2, 5, 32), torch.float32)
+    expected = mixer(x)[0]
+    constants = {key: value.detach() for key, value in mixer.named_parameters()}
+    assert torch.equal(torch.func.functional_call(mixer, constants, (x,))[0], expected)
+    nn.utils.parametrize.register_parametrization(mixer, "D", nn.Identity())
+    assert torch.equal(mixer(x)[0], expected)
+    mixer.bfloat16()(x.bfloat16())
+
+
+def test_norms_that_autocast_widens(monkeypatch: pytest.MonkeyPatch):
+    """As CUDA's does, unlike the CPU's."""
+    mixer, x = create("mamba", d_model=32, norm_eps=1e-6), inputs((2, 5, 32), torch.float32)
+    narrow = F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda value, *rest, **options: narrow(value.float(), *rest, **options))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mixer(x)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["mamba", "longhorn"])
 def test_what_does_not_decay(name: str):
     from seqzoo.models import LanguageModel, ModelConfig
 
@@ -171,7 +205,11 @@ def test_what_does_not_decay(name: str):
         ({"d_conv": 1}, ValueError, "d_conv must be an integer from 2 to 8, got 1"),
         ({"d_conv": 9}, ValueError, "d_conv must be an integer from 2 to 8, got 9"),
         ({"expand": 1.03}, ValueError, r"expand \* d_model must be a positive integer, got 1.03 \* 16"),
-        ({"expand": 0}, ValueError, r"expand \* d_model must be a positive integer"),
+        ({"expand": 0}, ValueError, "expand must be a finite number greater than 0, got 0"),
+        ({"expand": "2"}, ValueError, "expand must be a finite number greater than 0, got '2'"),
+        ({"expand": math.nan}, ValueError, "expand must be a finite number greater than 0, got nan"),
+        ({"dt_rank": "auto"}, ValueError, "or None for d_model / 16, got 'auto'"),
+        ({"bias": "False"}, ValueError, "bias must be True or False, got 'False'"),
         ({"d_inner": 3}, TypeError, "no option 'd_inner'"),
     ],
 )
@@ -182,10 +220,19 @@ def test_bad_options(name: str, options: dict[str, Any], error: type[Exception],
 
 
 @pytest.mark.parametrize(
-    "options", [{"dt_min": 0.2}, {"dt_min": 0}, {"dt_init_floor": 0}, {"norm_eps": 0}, {"norm_eps": -1e-6}], ids=str
+    ("options", "words"),
+    [
+        ({"dt_min": 0.2}, "dt_min must not be above dt_max, got 0.2 and 0.1"),
+        ({"dt_min": 0}, "dt_min must be a finite number greater than 0, got 0"),
+        ({"dt_max": math.inf}, "dt_max must be a finite number greater than 0, got inf"),
+        ({"dt_init_floor": -1.0}, "dt_init_floor must not be negative, got -1.0"),
+        ({"dt_init_floor": math.nan}, "dt_init_floor must be a finite number, got nan"),
+        ({"norm_eps": 0}, r"norm_eps \(None for no norm\) must be a finite number greater than 0, got 0"),
+        ({"norm_eps": "1e-6"}, "greater than 0, got '1e-6'"),
+    ],
+    ids=str,
 )
-def test_bad_options_of_mamba(options: dict[str, Any]):
-    words = "norm_eps must be positive" if "norm_eps" in options else "0 < dt_min <= dt_max and 0 < dt_init_floor"
+def test_bad_options_of_mamba(options: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         create("mamba", d_model=16, **options)
 

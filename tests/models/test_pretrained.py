@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 # before transformers is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
-from transformers import AutoModelForCausalLM, FalconMambaForCausalLM, MambaForCausalLM
+from transformers import AutoModelForCausalLM, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
 from seqzoo.hub import export_pretrained, from_pretrained, load_pretrained, save_pretrained, saving
 from seqzoo.hub.conversion import find_family
@@ -228,6 +228,12 @@ def test_tied_weights_in_every_form(store: Callable[..., Path], tokens: Tokens):
     for form in forms:
         retensored(folder, form)
         assert torch.equal(load_pretrained(folder)(ids)[0], expected)
+    # stored narrower beside the original
+    retensored(folder, lambda t: t.update({head: t["backbone.embedding.weight"].bfloat16()}))
+    assert torch.equal(load_pretrained(folder)(ids)[0], expected)
+    retensored(folder, lambda t: t.update({head: t["backbone.embedding.weight"][:5].clone()}))
+    with pytest.raises(ValueError, match=rf"holds {head} of shape \(5, 32\) and {embedding} of \(23, 32\), though"):
+        load_pretrained(folder)
     retensored(folder, lambda t: t.update({head: t["backbone.embedding.weight"] + 1}))
     with pytest.raises(ValueError, match=f"holds {head} different from {embedding}, though config.json ties them"):
         load_pretrained(folder)
@@ -301,8 +307,8 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(store: Callable[..., Pa
         ({"intermediate_size": "64"}, "intermediate_size must be an integer, got '64'"),
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"conv_kernel": 9}, "d_conv must be an integer from 2 to 8, got 9; conv_kernel is d_conv here"),
-        ({"layer_norm_epsilon": 0}, "norm_eps must be positive, got 0.*layer_norm_epsilon is norm_eps here"),
-        ({"time_step_min": 1}, "dt_min <= dt_max .* time_step_min is dt_min here"),
+        ({"layer_norm_epsilon": 0}, "norm_eps must be .*got 0.*layer_norm_epsilon is norm_eps here"),
+        ({"time_step_min": 1}, "dt_min must not be above dt_max.* time_step_min is dt_min here"),
     ],
 )
 def test_configurations_without_equal(changes: dict[str, Any], words: str, store: Callable[..., Path]):
@@ -323,6 +329,17 @@ def test_the_expansion_decides_where_the_file_has_no_intermediate_size(store: Ca
         else:
             with pytest.raises(ValueError, match=error):
                 load_pretrained(folder)
+
+
+def test_a_ratio_of_widths_that_no_float_is(store: Callable[..., Path], tokens: Tokens, tmp_path: Path):
+    """464 / 112 * 112 is not 464."""
+    config = MambaConfig(**{**SMALL, "hidden_size": 112, "intermediate_size": 464})
+    theirs = MambaForCausalLM(config).eval()
+    ours, ids = load_pretrained(store(theirs)), tokens(2, 9)
+    with torch.no_grad():
+        close(ours(ids)[0], theirs(ids).logits)
+    export_pretrained(ours, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["intermediate_size"] == 464
 
 
 def test_what_is_no_such_checkpoint(store: Callable[..., Path], tmp_path: Path):

@@ -64,7 +64,7 @@ def test_batch_norm_statistics_travel(build: Build, tokens: Tokens, tmp_path: Pa
 def test_dtype_and_device(build: Build, tmp_path: Path):
     save_pretrained(build(dtype=torch.float32), tmp_path / "model")
     model = from_pretrained(tmp_path / "model", device="cpu", dtype=torch.bfloat16)
-    kept = {id(parameter) for block in model.backbone.blocks for parameter in block.mixer._fp32()}
+    kept = {id(parameter) for block in model.backbone.blocks for parameter in block.mixer.wide_parameters().values()}
     assert {p.dtype for p in model.parameters() if id(p) not in kept} == {torch.bfloat16}
     assert from_pretrained(tmp_path / "model", device=torch.device("meta")).embedding.weight.is_meta
     with pytest.raises(TypeError, match=r"floating-point dtype, got torch.int8"):
