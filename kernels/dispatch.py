@@ -19,7 +19,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +32,8 @@ BACKENDS = ("reference", "chunked", "cpu", "gpu")
 WIDE = (torch.float64, torch.complex128)
 
 library = torch.library.Library("seqzoo", "DEF")
+
+_NOTHING = nullcontext()
 
 
 class Slot:
@@ -156,6 +158,13 @@ def implementation(op: str, name: str) -> ModuleType:
     return importlib.import_module(f"seqzoo.kernels.{op}.{name}")
 
 
+def uncast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context without autocast, which would narrow the matrix products inside an op."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING
+
+
 def define(op: str, part: str, schema: str, fake: Callable[..., Any]) -> Any:
     """Registers ``seqzoo::<op>_<part>``, which runs the function ``part`` of the implementation chosen for its tensors.
 
@@ -175,7 +184,9 @@ def define(op: str, part: str, schema: str, fake: Callable[..., Any]) -> Any:
         *inputs, requested = arguments
         inputs = [value.contiguous() if isinstance(value, Tensor) else value for value in inputs]
         tensors = [value for value in inputs if isinstance(value, Tensor)]
-        return getattr(implementation(op, chosen(requested, *tensors)), part)(*inputs)
+        found = getattr(implementation(op, chosen(requested, *tensors)), part)
+        with uncast(tensors[0].device):
+            return found(*inputs)
 
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"seqzoo::{name}", fake, lib=library)

@@ -113,6 +113,12 @@ def choose(typing_context: Any, condition: types.Type, yes: types.Type, no: type
 
 
 @intrinsic
+def reassociable_add(typing_context: Any, x: types.Type, y: types.Type) -> Any:
+    """``x + y`` in a sum whose order is the compiler's choice: a loop that adds with it vectorises."""
+    return x(x, x), lambda context, builder, signature, values: builder.fadd(*values, flags=("reassoc", "contract"))
+
+
+@intrinsic
 def conjugate(typing_context: Any, x: types.Type) -> Any:
     """The complex conjugate; real numbers as they are."""
 

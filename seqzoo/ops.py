@@ -1,8 +1,10 @@
 """The public ops: ``from seqzoo.ops import linear_scan``."""
 
 from seqzoo.kernels.causal_conv import causal_conv as causal_conv
+from seqzoo.kernels.delta_rule import delta_rule as delta_rule
 from seqzoo.kernels.dispatch import backend as backend
 from seqzoo.kernels.dispatch import checks as checks
 from seqzoo.kernels.gated_scan import gated_scan as gated_scan
+from seqzoo.kernels.linear_attention import linear_attention as linear_attention
 from seqzoo.kernels.linear_scan import linear_scan as linear_scan
 from seqzoo.kernels.selective_scan import selective_scan as selective_scan

@@ -84,12 +84,12 @@ def _cotangent(output: Tensor, seed: int) -> Tensor:
     return (torch.view_as_complex(drawn) if output.is_complex() else drawn).to(output.device, output.dtype)
 
 
-def excess(actual: Tensor, low: Tensor, exact: Tensor) -> float:
+def excess(actual: Tensor, low: Tensor | Sequence[Tensor], exact: Tensor) -> float:
     """Error of ``actual`` over what it may be off by: above 1 it is wrong, NaN anywhere counts as infinitely wrong.
 
     Args:
         actual: Of the implementation under test.
-        low: Of the reference in the same precision.
+        low: Of the reference in the same precision; of several (see :func:`nearby`) the greatest error counts.
         exact: Of the reference in float64, on the same inputs.
     """
     if actual.shape != exact.shape:
@@ -102,10 +102,23 @@ def excess(actual: Tensor, low: Tensor, exact: Tensor) -> float:
     if actual.dtype in dispatch.WIDE:
         budget = 1e-12 * scale  # the oracle has errors of this size itself
     else:
-        budget = 2 * ((widen(low) - exact).abs().max().item() + torch.finfo(actual.dtype).eps * scale)
+        lows = [low] if isinstance(low, Tensor) else low
+        worst = max((widen(one) - exact).abs().max().item() for one in lows)
+        budget = 2 * (worst + torch.finfo(actual.dtype).eps * scale)
     if error != error:
         return float("inf")
     return error / budget if budget > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def nearby(x: Tensor, seed: int) -> Tensor:
+    """x with every value moved to a neighbour in its dtype, up or down.
+
+    What a few numbers are off by is luck: where a reference has one rounding that matters, that of another order of
+    summation may be several times as large. Inputs that differ by their rounding draw that luck again.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randint(0, 2, x.shape, generator=generator).to(x.device, torch.bool)
+    return torch.nextafter(x, torch.where(up, torch.inf, -torch.inf).to(x.dtype))
 
 
 def compare(case: OpCase, backend: str | None) -> dict[str, float]:
@@ -303,6 +316,94 @@ def selective_scan_cases(dtype: torch.dtype) -> Iterator[OpCase]:
         yield selective_scan_case(dtype, step_dtype=torch.float32)
 
 
+def linear_attention_case(
+    dtype: torch.dtype,
+    shape: tuple[int, int] = (2, 67),
+    *,
+    op: str = "linear_attention",
+    heads: int = 2,
+    groups: int | None = None,
+    key: int = 5,
+    value: int = 3,
+    decay: str | None = "token",
+    strength: float = 1.0,
+    lengths: Sequence[int] | None = None,
+    state: bool = True,
+    causal: bool = True,
+    scale: float | None = None,
+    decay_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> OpCase:
+    """Inputs of :func:`seqzoo.ops.linear_attention` and, with ``op="delta_rule"``, of :func:`seqzoo.ops.delta_rule`.
+
+    ``decay`` is None, ``"head"``, ``"token"`` or ``"key"``; its logarithms are uniform in ``(-strength, 0)``. The delta
+    rule's keys are normalised and its betas uniform in (0, 1.9).
+    """
+    g = torch.Generator().manual_seed(seed)
+    batch, total = shape if lengths is None else (1, sum(lengths))
+    rows, groups = batch if lengths is None else len(lengths), heads if groups is None else groups
+
+    def drawn(*extent: int) -> Tensor:
+        return 2 * _uniform(g, *extent) - 1
+
+    q, k, v = drawn(batch, total, groups, key), drawn(batch, total, groups, key), drawn(batch, total, heads, value)
+    shapes = {"head": (heads,), "token": (batch, total, heads), "key": (batch, total, heads, key)}
+    log_decay = None if decay is None else -strength * _uniform(g, *shapes[decay])
+    given = drawn(rows, heads, key, value).to(accumulator(dtype)) if state else None
+    tensors: dict[str, Tensor | None] = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype)}
+    options: dict[str, Any] = {"scale": scale, "cu_seqlens": None if lengths is None else boundaries(lengths)}
+    if op == "delta_rule":
+        tensors["k"] = torch.nn.functional.normalize(k, dim=-1).to(dtype)
+        tensors["beta"] = (1.9 * _uniform(g, batch, total, heads)).to(dtype)
+    else:
+        options["causal"] = causal
+    tensors["log_decay"] = None if log_decay is None else log_decay.to(decay_dtype or dtype)
+    tensors["initial_state"] = given
+    words = ["packed" if lengths is not None else f"{shape}", f"H={heads} G={groups} K={key} V={value}"]
+    words += ["no decay" if decay is None else f"{decay} decay", "" if strength == 1 else f"to -{strength}"]
+    words += ["" if causal else "whole", "state" if state else "", "" if scale is None else f"scale {scale}"]
+    words += ["fp32 decay" if decay_dtype == torch.float32 else "", str(dtype).split(".")[1]]
+    return OpCase(op, " ".join(filter(None, words)), tensors, options)
+
+
+def linear_attention_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``linear_attention``: every decay, weak and strong, groups, packed, causal or not."""
+    if dtype.is_complex:
+        return
+    for decay in (None, "head", "token", "key"):
+        yield linear_attention_case(dtype, decay=decay)
+        yield linear_attention_case(dtype, decay=decay, lengths=LENGTHS, heads=4, groups=2)
+    for decay in ("token", "key"):
+        yield linear_attention_case(dtype, (1, 130), decay=decay, heads=1, key=16, value=20, state=False, scale=1.0)
+        yield linear_attention_case(dtype, (1, 70), decay=decay, strength=50.0)
+        yield linear_attention_case(dtype, (1, 70), decay=decay, strength=0.0)
+    yield linear_attention_case(dtype, decay=None, causal=False)
+    yield linear_attention_case(dtype, decay=None, causal=False, lengths=LENGTHS, heads=4, groups=1)
+    for shape in ((1, 1), (2, 0), (0, 4), (1, 64)):
+        yield linear_attention_case(dtype, shape, heads=3, groups=1)
+    yield linear_attention_case(dtype, (2, 3), heads=3, value=0)
+    if dtype in HALF:
+        yield linear_attention_case(dtype, decay="key", decay_dtype=torch.float32)
+
+
+def delta_rule_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``delta_rule``: every decay, weak and strong, groups, packed."""
+    if dtype.is_complex:
+        return
+    for decay in (None, "token", "key"):
+        yield linear_attention_case(dtype, op="delta_rule", decay=decay)
+        yield linear_attention_case(dtype, op="delta_rule", decay=decay, lengths=LENGTHS, heads=4, groups=2)
+    for decay in ("token", "key"):
+        yield linear_attention_case(
+            dtype, (1, 130), op="delta_rule", decay=decay, heads=1, key=16, value=20, state=False, scale=1.0
+        )
+        yield linear_attention_case(dtype, (1, 70), op="delta_rule", decay=decay, strength=50.0)
+    for shape in ((1, 1), (2, 0), (0, 4), (1, 64)):
+        yield linear_attention_case(dtype, shape, op="delta_rule", heads=3, groups=1)
+    if dtype in HALF:
+        yield linear_attention_case(dtype, op="delta_rule", decay="key", decay_dtype=torch.float32)
+
+
 def linear_scan_cases(dtype: torch.dtype) -> Iterator[OpCase]:
     """The forms of ``linear_scan``: dense and packed, both directions, a in time or not, with and without state."""
     for reverse in (False, True):
@@ -350,6 +451,8 @@ OP_CASES: dict[str, Callable[[torch.dtype], Iterator[OpCase]]] = {
     "gated_scan": gated_scan_cases,
     "causal_conv": causal_conv_cases,
     "selective_scan": selective_scan_cases,
+    "linear_attention": linear_attention_cases,
+    "delta_rule": delta_rule_cases,
 }
 
 
@@ -400,34 +503,63 @@ class PlainMixer(SequenceMixer):
 
 @dataclass(frozen=True)
 class Subject:
-    """A mixer as the contract suite builds it."""
+    """A mixer as the contract suite builds it.
+
+    Attributes:
+        label: Its name and options.
+        build: Its constructor.
+        rank: 0 if it speaks for an op, or for the base class; 1 if it is the first variant of its mixer; 2 if another.
+    """
 
     label: str
     build: Callable[[], SequenceMixer]
+    rank: int = 0
 
     def make(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> SequenceMixer:
-        """The mixer at ``d_model`` 16, the same parameters every time."""
+        """The mixer at ``d_model`` 16, the same parameters every time, none of them at a special value.
+
+        What begins at zero or one, a gate that is the same for all tokens for instance, would be tested as that alone.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             mixer = self.build()
             mixer.reset_parameters()
+            with torch.no_grad():
+                for parameter in mixer.parameters():
+                    parameter += 0.1 * torch.randn_like(parameter)
         return mixer.to(device=device, dtype=dtype)
+
+
+# the mixer that is run on every implementation, for all that are made of the same op
+SPEAKERS = {
+    "gated_scan": "min_gru",
+    "linear_scan": "gateloop",
+    "causal_conv": "mamba",
+    "selective_scan": "mamba",
+    "linear_attention": "gla",
+    "delta_rule": "gated_deltanet",
+}
 
 
 def subjects() -> list[Subject]:
     """Every registered mixer in each of its variants, and the wrapper around a causal one."""
     found = []
     for name in list_mixers():
-        for options in registration(name).mixer.variants:
+        for index, options in enumerate(registration(name).mixer.variants):
             words = ", ".join(f"{key}={value}" for key, value in options.items())
+            rank = 2 if index else int(name not in SPEAKERS.values())
             found.append(
-                Subject(f"{name}({words})", lambda name=name, options=options: create(name, d_model=16, **options))
+                Subject(
+                    f"{name}({words})", lambda name=name, options=options: create(name, d_model=16, **options), rank
+                )
             )
     found.append(Subject("plain()", lambda: PlainMixer(16)))
-    for merge in ("sum", "concat", "gate"):
+    for index, merge in enumerate(("sum", "concat", "gate")):
         found.append(
             Subject(
-                f"bidirectional({merge})", lambda merge=merge: Bidirectional(create("min_gru", d_model=16), merge=merge)
+                f"bidirectional({merge})",
+                lambda merge=merge: Bidirectional(create("min_gru", d_model=16), merge=merge),
+                min(index + 1, 2),
             )
         )
     return found
@@ -435,8 +567,17 @@ def subjects() -> list[Subject]:
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 1) -> Tensor:
     """Standard normal values on a grid of 1/64, the same in every precision."""
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    kind = torch.complex128 if dtype.is_complex else torch.float64
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=kind)
+    if dtype.is_complex:
+        drawn = torch.view_as_real(drawn)
+        return torch.view_as_complex((drawn * 64).round() / 64).to(device=device, dtype=dtype)
     return ((drawn * 64).round() / 64).to(device=device, dtype=dtype)
+
+
+def differentiable(tensor: Tensor) -> bool:
+    """Whether gradients exist for a tensor of this dtype."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def random_state(mixer: SequenceMixer, batch_size: int, x: Tensor, seed: int = 2) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from seqzoo.testing import (
     causal_conv_case,
     compare,
     gated_scan_case,
+    linear_attention_case,
     linear_scan_case,
     selective_scan_case,
 )
@@ -254,12 +255,21 @@ def test_same_bits_twice(op: str, device: torch.device):
             assert all(torch.equal(first[name], second[name]) for name in first), backend
 
 
+def _matrix_state_case(op: str) -> Callable[..., OpCase]:
+    def make(dtype: torch.dtype, shape: tuple[int, int, int], lengths: tuple[int, ...] | None = None) -> OpCase:
+        return linear_attention_case(dtype, shape[:2], op=op, key=shape[2], lengths=lengths)
+
+    return make
+
+
 # a short dense or packed call of each op
 SMALL: dict[str, Callable[..., OpCase]] = {
     "linear_scan": linear_scan_case,
     "gated_scan": gated_scan_case,
     "causal_conv": causal_conv_case,
     "selective_scan": selective_scan_case,
+    "linear_attention": _matrix_state_case("linear_attention"),
+    "delta_rule": _matrix_state_case("delta_rule"),
 }
 
 
@@ -320,8 +330,8 @@ def test_other_derivatives_raise_on_the_fast_paths_and_the_reference_has_them(
     op: str, derivative: str, square: bool, device: torch.device
 ):
     case = SMALL[op](torch.float64, (1, 4, 2)).to(device)
-    # a selective scan is linear in u
-    name = "delta" if "delta" in case.tensors else next(iter(case.tensors))
+    # others are linear in their first input
+    name = next((name for name in ("delta", "log_decay") if name in case.tensors), next(iter(case.tensors)))
     x = case.tensors[name]
 
     def call(value):

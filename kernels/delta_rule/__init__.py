@@ -1,0 +1,1 @@
+from seqzoo.kernels.delta_rule.op import delta_rule as delta_rule
