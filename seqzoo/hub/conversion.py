@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 from seqzoo.mixer import registration
 from seqzoo.models.config import ModelConfig
+from seqzoo.modules.heads import count_heads
 from seqzoo.modules.options import scaled_width
 
 # keys that what a trained model computes does not depend on
@@ -27,6 +29,7 @@ IGNORED = frozenset(
         # which of its implementations transformers takes, and in which form it answers
         *("use_cache", "use_mambapy", "use_falcon_mambapy", "use_associative_scan", "_attn_implementation_autoset"),
         *("output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder"),
+        "chunk_size",
         # tokens, generation, other heads
         *("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "unk_token_id", "tokenizer_class"),
         *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty"),
@@ -35,6 +38,9 @@ IGNORED = frozenset(
         *("fused_add_norm", "pad_vocab_size_multiple"),
     )
 )
+# of Mamba-2: the range of steps that limits none, and the width of a head where none is given
+NO_LIMIT = [0.0, math.inf]
+HEAD = 64
 KINDS = {bool: "true or false", int: "an integer", float: "a number"}
 
 
@@ -58,7 +64,7 @@ class Family:
         implied_options: Options of the mixer that every model of the family has.
         combined: Keys that are options only together, with the values of absent ones.
         combine: The options that those keys are, of all keys.
-        divide: Those keys, of the width and all options.
+        divide: Those keys, of all fields and all options; an Obstacle where they have no equal.
         implied: Keys that may have these values alone; an absent one has the first.
         repeated: Keys that repeat another one.
         names: Patterns of the model's tensor names, and what those are in the file.
@@ -73,7 +79,7 @@ class Family:
     implied_options: Mapping[str, Any]
     combined: Mapping[str, Any]
     combine: Callable[[Mapping[str, Any]], dict[str, Any]]
-    divide: Callable[[int, Mapping[str, Any]], dict[str, Any]]
+    divide: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     implied: Mapping[str, tuple[Any, ...]]
     repeated: Mapping[str, str]
     names: tuple[tuple[str, str], ...]
@@ -152,9 +158,13 @@ class Family:
                     values[key] = type(default)(given[own])
                 else:
                     problems.append(f"{own}={given[own]!r} instead of {KINDS[type(default)]}")
+        try:
+            values |= self.divide(fields, options)
+        except Obstacle as obstacle:
+            problems += obstacle.args
         if problems:
             raise Obstacle(*problems)
-        return values | self.divide(config.d_model, options)
+        return values
 
 
 def find_family(values: Mapping[str, Any]) -> Family:
@@ -183,7 +193,8 @@ def publish(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
             return family, {"model_type": name, **family.write(config)}
         except Obstacle as obstacle:
             obstacles[name] = obstacle
-    nearest = min(obstacles, key=lambda name: len(obstacles[name].args))
+    first = _resolved(config.entries()[0])[0]
+    nearest = min(obstacles, key=lambda name: (FAMILIES[name].mixer != first, len(obstacles[name].args)))
     raise Obstacle(f"no published format holds this model; in the way of the nearest, {nearest}: {obstacles[nearest]}")
 
 
@@ -222,14 +233,56 @@ def _combine_mamba(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _divide_mamba(d_model: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    rank = options["dt_rank"]
+def _divide_mamba(fields: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    d_model, rank = fields["d_model"], options["dt_rank"]
     return {
         # transformers takes integers alone, and the intermediate size where the two disagree
         "expand": max(1, round(options["expand"])),
         "intermediate_size": scaled_width(d_model, "expand", options["expand"]),
         "time_step_rank": -(-d_model // 16) if rank is None else rank,
     }
+
+
+def _combine_mamba2(values: Mapping[str, Any]) -> dict[str, Any]:
+    heads, size, expand, width = (values[key] for key in ("num_heads", "head_dim", "expand", "hidden_size"))
+    problems = [
+        f"{key} must be an integer, got {values[key]!r}"
+        for key in ("num_heads", "head_dim", "expand")
+        if not _is_like(values[key], 1)
+    ]
+    low, high = _limit(values["time_step_limit"])
+    if not problems and heads * size != expand * width:
+        problems.append(f"num_heads * head_dim = {heads * size} contradicts expand * hidden_size = {expand} * {width}")
+    if values["intermediate_size"] not in (None, expand * width):
+        problems.append(f"intermediate_size = {values['intermediate_size']!r} contradicts expand * hidden_size")
+    if problems:
+        raise Obstacle(*problems)
+    norm_eps = values["layer_norm_epsilon"]
+    return {"n_heads": heads, "head_dim": size, "expand": expand, "dt_limit": [low, high], "norm_eps": norm_eps}
+
+
+def _divide_mamba2(fields: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    expand, problems = options["expand"], []
+    if expand != int(expand):
+        problems.append(f"expand={expand!r} instead of an integer")
+    if options["norm_eps"] != fields["norm_eps"]:
+        problems.append(f"norm_eps={options['norm_eps']!r} of the mixer instead of {fields['norm_eps']!r}, the model's")
+    if problems:
+        raise Obstacle(*problems)
+    heads, size = count_heads(int(expand * fields["d_model"]), options["n_heads"], options["head_dim"], HEAD)
+    values = {"expand": int(expand), "num_heads": heads, "head_dim": size}
+    limit = [float(end) for end in options["dt_limit"]]
+    # absent where there is none: versions of transformers write an infinity each in its own way
+    return values if limit == NO_LIMIT else {**values, "time_step_limit": limit}
+
+
+def _limit(value: Any) -> tuple[float, float]:
+    """The range of steps; JSON has no infinity, which is Python's word for it or, in newer files, a tag."""
+    ends = list(value) if isinstance(value, list | tuple) else []
+    ends = [math.inf if end == {"__float__": "Infinity"} else end for end in ends]
+    if len(ends) != 2 or not all(_is_like(end, 1.0) for end in ends):
+        raise Obstacle(f"time_step_limit must be two numbers, got {value!r}")
+    return float(ends[0]), float(ends[1])
 
 
 _MAMBA = Family(
@@ -276,5 +329,32 @@ FAMILIES: dict[str, Family] = {
         architecture="FalconMambaForCausalLM",
         options={**_MAMBA.options, "mixer_rms_eps": ("norm_eps", 1e-6)},
         implied_options={},
+    ),
+    "mamba2": dataclasses.replace(
+        _MAMBA,
+        architecture="Mamba2ForCausalLM",
+        mixer="mamba2",
+        fields={
+            **_MAMBA.fields,
+            "vocab_size": ("vocab_size", 32768),
+            "hidden_size": ("d_model", 4096),
+            "num_hidden_layers": ("n_layers", 64),
+            "tie_word_embeddings": ("tie_embeddings", False),
+        },
+        options={**_MAMBA.options, "state_size": ("d_state", 128), "n_groups": ("n_groups", 8)},
+        implied_options={},
+        combined={
+            "num_heads": 128,
+            "head_dim": 64,
+            "expand": 2,
+            "intermediate_size": None,
+            "time_step_limit": NO_LIMIT,
+            # without effect: Mamba-2 projects to a step a head, and always gates before the norm
+            "time_step_rank": "auto",
+            "norm_before_gate": False,
+        },
+        combine=_combine_mamba2,
+        divide=_divide_mamba2,
+        implied={"hidden_act": ("silu", "swish"), "rms_norm": (True,)},
     ),
 }

@@ -33,7 +33,7 @@ def load_pretrained(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> LanguageModel:
-    """Loads published weights in the format of transformers: Mamba and FalconMamba.
+    """Loads published weights in the format of transformers: Mamba, FalconMamba and Mamba-2.
 
     Reads ``config.json`` and ``model.safetensors``, or the parts that ``model.safetensors.index.json`` lists. Tokenizer
     and generation settings are not read.
@@ -84,8 +84,8 @@ def export_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     added. Every tensor keeps its dtype; transformers brings all to that of the embedding, ``fp32_parameters`` included.
 
     Args:
-        model: A ``LanguageModel`` of Mamba mixers alone, all with the same options, without MLPs, with RMS norms before
-            the mixers and without learned positions.
+        model: A ``LanguageModel`` of Mamba or Mamba-2 mixers alone, all with the same options, without MLPs, with RMS
+            norms before the mixers and without learned positions.
         path: The folder; a checkpoint of that name is replaced.
 
     Raises:

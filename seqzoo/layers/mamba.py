@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from seqzoo.mixer import register
-from seqzoo.modules.options import check_number
 from seqzoo.modules.selective_block import SelectiveBlock
+from seqzoo.modules.steps import check_steps, reset_step_bias
 
 
 @register(
@@ -76,10 +74,7 @@ class Mamba(SelectiveBlock):
             conv_bias=conv_bias,
             norm_eps=norm_eps,
         )
-        if check_number("dt_min", dt_min, above=0) > check_number("dt_max", dt_max, above=0):
-            raise ValueError(f"dt_min must not be above dt_max, got {dt_min} and {dt_max}")
-        if check_number("dt_init_floor", dt_init_floor) < 0:
-            raise ValueError(f"dt_init_floor must not be negative, got {dt_init_floor}")
+        check_steps(dt_min, dt_max, dt_init_floor)
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         self.A_log = nn.Parameter(torch.empty(self.width, d_state))
         self.reset_parameters()
@@ -98,9 +93,4 @@ class Mamba(SelectiveBlock):
         with torch.no_grad():
             rates = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device)
             self.A_log.copy_(rates.log().expand_as(self.A_log))
-            bias = self.dt_proj.bias
-            drawn = torch.rand(bias.shape, dtype=torch.float32, device=bias.device)
-            span = math.log(self.dt_max) - math.log(self.dt_min)
-            steps = torch.exp(drawn * span + math.log(self.dt_min)).clamp(min=self.dt_init_floor)
-            # the inverse of softplus
-            bias.copy_(steps + torch.log(-torch.expm1(-steps)))
+        reset_step_bias(self.dt_proj.bias, self.dt_min, self.dt_max, self.dt_init_floor)

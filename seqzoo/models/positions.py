@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqzoo.mixer import State
+from seqzoo.modules.positions import count_positions
 from seqzoo.packing import Packing
 
 
@@ -32,19 +33,10 @@ class LearnedPositions(nn.Module):
             ValueError: If a sequence grows longer than ``max_positions``; not on a GPU, where it is a device-side
                 assertion.
         """
-        batch, total = x.shape[:2]
-        rows = batch if packing is None else packing.n_sequences
-        start = self._start(state, rows, x.device)
-        if packing is None:
-            end = start + total
-            places = torch.arange(total, device=x.device)[None]
-            if state is not None:
-                places = places + start[:, None]
-        else:
-            end = start + packing.lengths
-            places = (packing.positions + start[packing.sequence_index])[None]
+        rows = x.shape[0] if packing is None else packing.n_sequences
+        places, end = count_positions(x, None if state is None else self._start(state, rows), packing)
         if state is None and packing is None:
-            self._check(total)
+            self._check(x.shape[1])
         else:
             self._check(end.amax())
         return x + F.embedding(places, self.weight), {"position": end}
@@ -58,9 +50,7 @@ class LearnedPositions(nn.Module):
         """Normal of deviation 0.02, as the embeddings."""
         nn.init.normal_(self.weight, std=0.02)
 
-    def _start(self, state: State | None, rows: int, device: torch.device) -> Tensor:
-        if state is None:
-            return torch.zeros(rows, dtype=torch.int64, device=device)
+    def _start(self, state: State, rows: int) -> Tensor:
         if state.keys() != {"position"}:
             raise ValueError(f"the state of the positions has the key 'position', got {sorted(state)}")
         start = state["position"]

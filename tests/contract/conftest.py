@@ -1,4 +1,12 @@
-"""Every registered mixer, in each of its variants, on each implementation that can run."""
+"""Every registered mixer, in each of its variants, on each implementation that can run.
+
+What runs without ``--slow`` is what tells something new:
+
+* a mixer that speaks for an op (:func:`seqzoo.testing.subjects`): everything but float32 on interpreted GPU kernels, of
+  which packing is run, with its states and gradients;
+* the first variant of any other: the chunked implementation in float64, the CPU's in float32, one compiled graph;
+* further variants: the chunked implementation in float64, and what does not depend on the implementation.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +24,12 @@ COMBINATIONS = [
     ("cpu", torch.float32),
     ("gpu", torch.float32),
 ]
+# by rank of the subject: what speaks for an op, first variants, further ones
+TELLING = (
+    COMBINATIONS[:4],
+    [("chunked", torch.float64), ("cpu", torch.float32)],
+    [("chunked", torch.float64)],
+)
 
 
 @pytest.fixture(params=subjects(), ids=lambda subject: subject.label)
@@ -27,8 +41,6 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 def dtype(request: pytest.FixtureRequest, device: torch.device):
     """The dtype of a test that runs on every implementation; the implementation is switched on around the test."""
     name, dtype = request.param
-    if name == "gpu" and device.type == "cpu" and not request.config.getoption("--slow") and not _telling(request):
-        pytest.skip("slow: the interpreter takes seconds a test; run with --slow")
     if name == "reference" and "compile" in request.node.nodeid:
         pytest.skip("the reference is a Python loop over time: tracing it would unroll the loop for one length")
     reason = dispatch.obstacle(name, device, dtype in dispatch.WIDE)
@@ -38,7 +50,26 @@ def dtype(request: pytest.FixtureRequest, device: torch.device):
         yield dtype
 
 
-def _telling(request: pytest.FixtureRequest) -> bool:
-    """Whether a test says much about a mixer's GPU kernels: packing, with their states and gradients, of each once."""
-    label = request.getfixturevalue("subject").label
-    return "test_packing" in request.node.nodeid and label.endswith("()") and not label.startswith("plain")
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks as slow what the fast suite leaves out."""
+    chosen = getattr(getattr(item, "callspec", None), "params", {})
+    if "subject" in chosen and not _tells(item, chosen):
+        item.add_marker(pytest.mark.slow)
+
+
+def _tells(item: pytest.Item, chosen: dict) -> bool:
+    rank, combination = chosen["subject"].rank, chosen.get("dtype")
+    if item.config.getoption("--device") != "cpu":
+        return True
+    if combination is not None and combination[0] == "gpu":
+        # the interpreter takes up to a minute a test: packing, from given states, by the kernels' own way
+        return (
+            rank == 0 and "test_packing" in item.nodeid and chosen.get("given", True) and not chosen.get("one_by_one")
+        )
+    if "test_compile" in item.nodeid:
+        # tracing does too: one dtype, and of what speaks for no op one graph, that of packed sequences
+        natural = combination == ("cpu", torch.float32)
+        return (rank == 0 and (natural or combination is None)) or (rank == 1 and natural and chosen["packed"])
+    if "test_gradcheck" in item.nodeid:
+        return rank < 2
+    return combination is None or combination in TELLING[rank]

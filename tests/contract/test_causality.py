@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from seqzoo import SequenceMixer
 from seqzoo.testing import FEW_LENGTHS, Subject, boundaries, inputs
+
+
+def unchanged(mixer: SequenceMixer, before: torch.Tensor, after: torch.Tensor) -> bool:
+    """To the bit; where the shapes of matrix products depend on other tokens, to their rounding."""
+    if not mixer.discontinuous:
+        return torch.equal(before, after)
+    return torch.allclose(
+        before, after, rtol=0, atol=64 * torch.finfo(before.dtype).eps * float(before.detach().abs().max())
+    )
 
 
 @pytest.mark.parametrize("at", [1, 7, 64, 69])
@@ -19,7 +29,7 @@ def test_the_future_leaves_the_past_as_it_was(subject: Subject, dtype, device, a
     if "causal" in mixer.limits:
         assert not torch.equal(before[:, :at], after[:, :at])
     else:
-        assert torch.equal(before[:, :at], after[:, :at])
+        assert unchanged(mixer, before[:, :at], after[:, :at])
 
 
 def test_a_packed_sequence_leaves_the_others_as_they_were(subject: Subject, dtype, device):
@@ -30,8 +40,8 @@ def test_a_packed_sequence_leaves_the_others_as_they_were(subject: Subject, dtyp
     start, end = bounds[2], bounds[3]  # the long one
     changed[:, start:end] = float("nan")
     before, after = (mixer(value, cu_seqlens=bounds.to(device))[0] for value in (x, changed))
-    assert torch.equal(before[:, :start], after[:, :start])
-    assert torch.equal(before[:, end:], after[:, end:])
+    assert unchanged(mixer, before[:, :start], after[:, :start])
+    assert unchanged(mixer, before[:, end:], after[:, end:])
 
 
 def test_batch_rows_are_independent(subject: Subject, dtype, device):
@@ -40,5 +50,5 @@ def test_batch_rows_are_independent(subject: Subject, dtype, device):
     changed = x.clone()
     changed[1] = inputs((9, 16), dtype, device, seed=9)
     before, after = mixer(x)[0], mixer(changed)[0]
-    assert torch.equal(before[[0, 2]], after[[0, 2]])
+    assert unchanged(mixer, before[[0, 2]], after[[0, 2]])
     assert not torch.equal(before[1], after[1])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from seqzoo import LimitError, SequenceMixer
 from seqzoo.kernels import dispatch
-from seqzoo.testing import Subject, excess, inputs, parameters_of, random_state
+from seqzoo.kernels.checks import COMPLEX_OF
+from seqzoo.testing import Subject, differentiable, excess, inputs, nearby, parameters_of, random_state
 
 LENGTH = 11
 CUTS = ((11,), (4, 7), (1, 1, 9), (3, 0, 5, 3))
@@ -21,7 +24,7 @@ def skip_stateless(mixer: SequenceMixer) -> None:
 def run(mixer: SequenceMixer, x: torch.Tensor, state: dict, cuts: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
     """Outputs, final state and all gradients; ``cuts`` None decodes token by token."""
     x = x.clone().requires_grad_()
-    entering = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in state.items()}
+    entering = {k: v.clone().requires_grad_(differentiable(v)) for k, v in state.items()}
     pieces, current = [], entering
     if cuts is None:
         for token in x.unbind(1):
@@ -32,9 +35,9 @@ def run(mixer: SequenceMixer, x: torch.Tensor, state: dict, cuts: tuple[int, ...
             y, current = mixer(piece, current, return_state=True)
             pieces.append(y)
     y = torch.cat(pieces, dim=1)
-    outputs = {"y": y} | {f"state {k}": v for k, v in current.items() if v.is_floating_point()}
+    outputs = {"y": y} | {f"state {k}": v for k, v in current.items() if differentiable(v)}
     weights = [inputs(tuple(out.shape), out.dtype, out.device, seed=3 + i) for i, out in enumerate(outputs.values())]
-    loss = sum((out * weight).sum() for out, weight in zip(outputs.values(), weights, strict=True))
+    loss = sum((out * weight).sum().real for out, weight in zip(outputs.values(), weights, strict=True))
     sources = {"x": x} | {f"initial {k}": v for k, v in entering.items() if v.requires_grad} | parameters_of(mixer)
     gradients = torch.autograd.grad(loss, list(sources.values()))
     return {k: v.detach() for k, v in outputs.items()} | {
@@ -42,21 +45,29 @@ def run(mixer: SequenceMixer, x: torch.Tensor, state: dict, cuts: tuple[int, ...
     }
 
 
-def reference(subject: Subject, state: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+@functools.cache
+def reference(subject: Subject, dtype: torch.dtype) -> tuple[dict, dict, dict]:
+    """A state, the whole sequence from it in float64, and every result in ``dtype`` at neighbouring inputs."""
     with dispatch.backend("reference"):
+        x = inputs((2, LENGTH, 16), dtype)
+        state = random_state(subject.make(dtype), 2, x)
+        kinds = {True: COMPLEX_OF[torch.float64], False: torch.float64}
+        wide = {k: v.to(kinds[v.is_complex()]) if differentiable(v) else v for k, v in state.items()}
+        exact = run(subject.make(torch.float64), x.double(), wide, (LENGTH,))
+        if dtype is torch.float64:
+            return state, exact, {name: [value] for name, value in exact.items()}
         mixer = subject.make(dtype)
-        state = {k: v.cpu().to(dtype) if v.is_floating_point() else v.cpu() for k, v in state.items()}
-        return run(mixer, inputs((2, LENGTH, 16), dtype), state, (LENGTH,))
+        lows = [run(mixer, value, state, (LENGTH,)) for value in (x, *(nearby(x, seed) for seed in range(3)))]
+        return state, exact, {name: [low[name] for low in lows] for name in exact}
 
 
 @pytest.mark.parametrize("cuts", [*CUTS, None], ids=str)
 def test_pieces_and_steps_give_the_whole(subject: Subject, dtype, device, cuts):
     mixer = subject.make(dtype, device)
     skip_stateless(mixer)
-    x = inputs((2, LENGTH, 16), dtype, device)
-    state = random_state(mixer, 2, x)
-    actual = run(mixer, x, state, cuts)
-    exact, low = reference(subject, state, torch.float64), reference(subject, state, dtype)
+    state, exact, low = reference(subject, dtype)
+    state = {key: value.to(device) for key, value in state.items()}
+    actual = run(mixer, inputs((2, LENGTH, 16), dtype, device), state, cuts)
     for name, value in actual.items():
         assert excess(value.cpu(), low[name], exact[name]) <= 1, name
 
@@ -89,7 +100,7 @@ def test_gradcheck(subject: Subject, device):
         assert torch.autograd.gradcheck(lambda x: mixer(x)[0], (x,))
         return
     state = random_state(mixer, 1, x)
-    keys = [key for key, value in state.items() if value.is_floating_point()]
+    keys = [key for key, value in state.items() if differentiable(value)]
     values = [state[key].requires_grad_() for key in keys]
 
     def call(x, *values):

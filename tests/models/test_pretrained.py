@@ -17,7 +17,13 @@ from safetensors import safe_open
 
 # before transformers is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
-from transformers import AutoModelForCausalLM, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconMambaForCausalLM,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from seqzoo.hub import export_pretrained, from_pretrained, load_pretrained, save_pretrained, saving
 from seqzoo.hub.conversion import find_family
@@ -32,6 +38,7 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
 }
+SMALL2: dict[str, Any] = {"num_heads": 8, "head_dim": 8, "state_size": 6, "n_groups": 1}
 CASES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "mamba": (MambaForCausalLM, {}),
     "untied": (MambaForCausalLM, {"tie_word_embeddings": False}),
@@ -45,7 +52,26 @@ CASES: dict[str, tuple[type[Any], dict[str, Any]]] = {
         FalconMambaForCausalLM,
         {"mixer_rms_eps": 0.2, "expand": 16, "intermediate_size": 48, "layer_norm_epsilon": 1e-3},
     ),
+    "mamba2": (Mamba2ForCausalLM, SMALL2),
+    # each group's channels are normalised by themselves
+    "mamba2 groups": (Mamba2ForCausalLM, {**SMALL2, "n_groups": 4, "tie_word_embeddings": True}),
+    "mamba2 biases": (Mamba2ForCausalLM, {**SMALL2, "n_groups": 2, "use_bias": True, "use_conv_bias": False}),
+    "mamba2 sizes": (
+        Mamba2ForCausalLM,
+        {"num_heads": 6, "head_dim": 16, "expand": 3, "state_size": 5, "n_groups": 3, "conv_kernel": 2},
+    ),
+    "mamba2 epsilon": (
+        Mamba2ForCausalLM,
+        {**SMALL2, "layer_norm_epsilon": 0.3, "residual_in_fp32": False, "hidden_act": "swish"},
+    ),
+    "mamba2 steps": (
+        Mamba2ForCausalLM,
+        {**SMALL2, "time_step_limit": (0.2, 0.6), "time_step_min": 0.01, "time_step_max": 0.5, "time_step_floor": 0.02},
+    ),
+    "mamba2 least step": (Mamba2ForCausalLM, {**SMALL2, "time_step_limit": (0.4, float("inf"))}),
 }
+# Mamba-2 of transformers does not limit the steps of tokens that it decodes from a cache
+UNCACHED = ("mamba2 steps", "mamba2 least step")
 
 
 def published(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -99,7 +125,8 @@ def test_it_is_the_model_of_transformers(name: str, store: Callable[..., Path], 
         close(ours(ids)[0], expected)
     prompts = tokens(3, 9, seed=1)
     # one prompt after the other: a batch without padding has no need of a mask either
-    continued = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=20)
+    options = {"do_sample": False, "max_new_tokens": 20, "use_cache": name not in UNCACHED}
+    continued = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
     assert torch.equal(generate(ours, prompts, 20, temperature=0), continued[:, 9:])
 
 
@@ -123,8 +150,11 @@ def test_round_trip(name: str, store: Callable[..., Path], tokens: Tokens, tmp_p
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert type(loaded) is type(theirs)
     assert not any(report.values()), report
-    for key in ("layer_norm_epsilon", "residual_in_fp32", "time_step_rank", "intermediate_size", "time_step_min"):
-        assert getattr(loaded.config, key) == getattr(theirs.config, key), key
+    keys = {"layer_norm_epsilon", "residual_in_fp32", "time_step_rank", "intermediate_size", "time_step_min"}
+    keys |= {"time_step_limit", "num_heads", "head_dim", "n_groups", "state_size", "expand"}
+    for key in keys & vars(theirs.config).keys() - ({"expand"} if name == "falcon sizes" else set()):
+        found, expected = getattr(loaded.config, key), getattr(theirs.config, key)
+        assert found == expected or tuple(found) == tuple(expected), key
     ids = tokens(2, 40)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(ids).logits, theirs(ids).logits)
@@ -257,7 +287,7 @@ def test_as_published_years_ago(store: Callable[..., Path], tokens: Tokens):
     assert torch.equal(model(tokens(2, 9))[0], expected(tokens(2, 9))[0])
 
 
-@pytest.mark.parametrize("kind", [MambaForCausalLM, FalconMambaForCausalLM])
+@pytest.mark.parametrize("kind", [MambaForCausalLM, FalconMambaForCausalLM, Mamba2ForCausalLM])
 def test_absent_keys_have_the_values_of_transformers(kind: type[Any]):
     told = json.loads(kind.config_class().to_json_string())
     family = find_family(told)
@@ -294,7 +324,7 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(store: Callable[..., Pa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, "model_type = 'llama' has no equal here, known are falcon_mamba, mamba"),
+        ({"model_type": "llama"}, "model_type = 'llama' has no equal here, known are falcon_mamba, mamba, mamba2"),
         ({"model_type": None}, "model_type = None has no equal here"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' has no equal here, hidden_act = 'silu' has"),
         ({"ssm_cfg": {"layer": "Mamba2"}, "rms_norm": False}, r"rms_norm = False .*; ssm_cfg = \{'layer': 'Mamba2'\}"),
@@ -316,6 +346,50 @@ def test_configurations_without_equal(changes: dict[str, Any], words: str, store
     retold(folder, **changes)
     with pytest.raises(ValueError, match=f"config.json does not describe a model that seqzoo reads: .*{words}"):
         load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rms_norm": False}, "rms_norm = False has no equal here"),
+        ({"num_heads": 7}, r"num_heads \* head_dim = 56 contradicts expand \* hidden_size = 2 \* 32"),
+        (
+            {"num_heads": None, "expand": 1.5},
+            "num_heads must be an integer, got None; expand must be an integer, got 1.5",
+        ),
+        ({"intermediate_size": 48}, r"intermediate_size = 48 contradicts expand \* hidden_size"),
+        ({"time_step_limit": [0.1]}, r"time_step_limit must be two numbers, got \[0.1\]"),
+        ({"time_step_limit": None}, "time_step_limit must be two numbers, got None"),
+        ({"time_step_limit": [0.0, {"__float__": "NaN"}]}, "time_step_limit must be two numbers"),
+        ({"time_step_limit": [0.5, 0.1]}, "dt_limit must be a range"),
+        ({"n_groups": 3}, "n_groups must divide the 8 heads, got 3"),
+    ],
+)
+def test_configurations_of_mamba2_without_equal(changes: dict[str, Any], words: str, store: Callable[..., Path]):
+    folder = store(published("mamba2"))
+    retold(folder, **changes)
+    with pytest.raises(ValueError, match=f"config.json does not describe a model that seqzoo reads: .*{words}"):
+        load_pretrained(folder)
+
+
+def test_mamba2_as_published_years_ago(store: Callable[..., Path], tokens: Tokens):
+    """The keys of Codestral Mamba and of the converted weights of 2024."""
+    folder = store(published("mamba2 groups"))
+    expected = load_pretrained(folder)
+    retold(
+        folder,
+        intermediate_size=64,
+        norm_before_gate=True,
+        rms_norm=True,
+        time_step_init_scheme="random",
+        time_step_scale=1.0,
+        time_step_limit=[0.0, float("inf")],
+        torch_dtype="float32",
+    )
+    assert "Infinity" in (folder / "config.json").read_text()
+    model = load_pretrained(folder)
+    assert model.config == expected.config
+    assert torch.equal(model(tokens(2, 9))[0], expected(tokens(2, 9))[0])
 
 
 def test_the_expansion_decides_where_the_file_has_no_intermediate_size(store: Callable[..., Path]):
@@ -403,6 +477,22 @@ def test_a_model_of_our_own(norm_eps: float | None, tied: bool, tokens: Tokens, 
     assert loaded.config.residual_in_fp32 is False
 
 
+@pytest.mark.parametrize("options", [{}, {"head_dim": 4, "n_groups": 2, "dt_limit": (0.0, 0.5), "A_range": (1, 2)}])
+def test_a_mamba2_of_our_own(options: dict[str, Any], tokens: Tokens, tmp_path: Path):
+    entry = {"name": "mamba2", "d_state": 5, "d_conv": 3, **options}
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(**{**MAMBA, "pattern": [entry]})).eval()
+    with torch.no_grad():
+        model.embedding.weight.mul_(20)
+    export_pretrained(model, tmp_path / "ours")
+    assert ("time_step_limit" in json.loads((tmp_path / "ours" / "config.json").read_text())) == ("dt_limit" in options)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert type(loaded) is Mamba2ForCausalLM
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        close(model(ids)[0], loaded(ids).logits)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -416,6 +506,10 @@ def test_a_model_of_our_own(norm_eps: float | None, tied: bool, tokens: Tokens, 
         (
             {"pattern": ["mamba", {"name": "mamba", "d_state": 4}]},
             "d_state=16 and 4 instead of one value for all blocks",
+        ),
+        (
+            {"pattern": [{"name": "mamba2", "expand": 1.5, "norm_eps": 0.1}]},
+            "nearest, mamba2: expand=1.5 instead of an integer; norm_eps=0.1 of the mixer instead of 1e-05, the",
         ),
     ],
 )
