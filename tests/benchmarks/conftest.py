@@ -94,6 +94,29 @@ def measure(benchmark, device: torch.device):
     return run
 
 
+@pytest.fixture
+def training_step(device: torch.device):
+    """What makes forward and backward passes of a module that ``build`` makes, over ``shape``, (B, T, D)."""
+
+    def of(build: Callable[[], torch.nn.Module], shape: tuple[int, int, int]) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            module = build().to(device)
+            x = torch.randn(shape, device=device, requires_grad=True)
+            sources = [x, *module.parameters()]
+            y = module(x)
+            weight = torch.randn_like(y[0] if isinstance(y, tuple) else y)
+
+            def call() -> object:
+                y = module(x)
+                return torch.autograd.grad(y[0] if isinstance(y, tuple) else y, sources, weight)
+
+            return call
+
+        return make
+
+    return of
+
+
 def _table(benchmarks: list) -> list[str]:
     groups: dict[str, list] = {}
     for one in benchmarks:

@@ -13,25 +13,6 @@ from seqzoo import create
 WIDTH, STATE = 256, 16
 
 
-def training_step(build, device, batch, length):
-    """What makes forward and backward passes of a module."""
-
-    def make():
-        module = build().to(device)
-        x = torch.randn(batch, length, WIDTH, device=device, requires_grad=True)
-        weight = torch.randn(batch, length, WIDTH, device=device)
-        sources = [x, *module.parameters()]
-
-        def call():
-            y = module(x)
-            y = y[0] if isinstance(y, tuple) else y
-            torch.autograd.grad(y, sources, weight)
-
-        return call
-
-    return make
-
-
 class Parts(nn.Module):
     """The layer's linear maps, each on inputs of its own."""
 
@@ -48,12 +29,12 @@ class Parts(nn.Module):
         return self.out_proj(self.dt_proj(low) + z)
 
 
-def parts(device, batch, length):
+def parts(step, device, shape):
     """The linear maps, forward and backward, and three exponentials for every value of the states."""
 
     def make():
-        linear = training_step(Parts, device, batch, length)()
-        values = -torch.rand(batch * length, 2 * WIDTH, STATE, device=device)
+        linear = step(Parts, shape)()
+        values = -torch.rand(shape[0] * shape[1], 2 * WIDTH, STATE, device=device)
         out = torch.empty_like(values)
 
         def call():
@@ -66,14 +47,14 @@ def parts(device, batch, length):
     return make
 
 
-@pytest.fixture(params=[(1, 2048), (1, 512), (1, 128)], ids=str)
-def place(request, device):
-    batch, length = request.param
+@pytest.fixture(params=[2048, 512, 128], ids=str)
+def place(request, device, training_step):
+    shape = 1, request.param, WIDTH
     return {
-        "group": f"mamba layer {(batch, length, WIDTH)} fp32 forward+backward",
-        "limit": parts(device, batch, length),
+        "group": f"mamba layer {shape} fp32 forward+backward",
+        "limit": parts(training_step, device, shape),
         "seconds": 4.0,
-    }, (device, batch, length)
+    }, shape
 
 
 def test_parts(measure, place):
@@ -81,27 +62,27 @@ def test_parts(measure, place):
     measure(options["limit"], name="its linear maps and 3 exponentials a value", role="limit", **options)
 
 
-def test_seqzoo(measure, place):
+def test_seqzoo(measure, place, training_step):
     options, shape = place
-    measure(training_step(lambda: create("mamba", d_model=WIDTH), *shape), name="seqzoo", role="seqzoo", **options)
+    measure(training_step(lambda: create("mamba", d_model=WIDTH), shape), name="seqzoo", role="seqzoo", **options)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mambapy") is None, reason="mambapy is missing")
-def test_mambapy(measure, place):
+def test_mambapy(measure, place, training_step):
     from mambapy.mamba import MambaBlock, MambaConfig
 
     options, shape = place
     build = lambda: MambaBlock(MambaConfig(d_model=WIDTH, n_layers=1))  # noqa: E731
-    measure(training_step(build, *shape), name="mambapy", role="peer", **options)
+    measure(training_step(build, shape), name="mambapy", role="peer", **options)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is missing")
-def test_transformers(measure, place):
+def test_transformers(measure, place, training_step):
     from transformers import MambaConfig
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
     options, shape = place
-    if shape[2] > 512:
+    if shape[1] > 512:
         pytest.skip("its time is quadratic in the length: minutes")
     build = lambda: MambaMixer(MambaConfig(hidden_size=WIDTH, state_size=STATE), layer_idx=0)  # noqa: E731
-    measure(training_step(build, *shape), name="transformers", role="peer", **options)
+    measure(training_step(build, shape), name="transformers", role="peer", **options)

@@ -9,54 +9,33 @@ import torch
 
 from seqzoo import create
 
-BATCH, LENGTH, WIDTH = 8, 2048, 256
-GROUP = f"min_gru layer {(BATCH, LENGTH, WIDTH)} fp32 forward+backward"
-
-
-def training_step(build, device):
-    """What makes forward and backward passes of a module."""
-
-    def make():
-        module = build().to(device)
-        x = torch.randn(BATCH, LENGTH, WIDTH, device=device, requires_grad=True)
-        weight = torch.randn(BATCH, LENGTH, WIDTH, device=device)
-        sources = [x, *module.parameters()]
-
-        def call():
-            y = module(x)
-            y = y[0] if isinstance(y, tuple) else y
-            # a layer of another width is weighted as far as it goes
-            along = weight if y.shape == weight.shape else weight.repeat(1, 1, y.shape[2] // WIDTH)
-            torch.autograd.grad(y, sources, along)
-
-        return call
-
-    return make
+SHAPE = BATCH, LENGTH, WIDTH = 8, 2048, 256
+GROUP = f"min_gru layer {SHAPE} fp32 forward+backward"
 
 
 @pytest.fixture
-def place(device):
-    return {"group": GROUP, "limit": training_step(lambda: torch.nn.Linear(WIDTH, 2 * WIDTH, bias=False), device)}
+def place(training_step):
+    return {"group": GROUP, "limit": training_step(lambda: torch.nn.Linear(WIDTH, 2 * WIDTH, bias=False), SHAPE)}
 
 
 def test_linear_layers_alone(measure, place):
     measure(place["limit"], name="its Linear layers alone", role="limit", **place)
 
 
-def test_seqzoo(measure, place, device):
-    step = training_step(lambda: create("min_gru", d_model=WIDTH), device)
+def test_seqzoo(measure, place, training_step):
+    step = training_step(lambda: create("min_gru", d_model=WIDTH), SHAPE)
     measure(step, name="seqzoo", role="seqzoo", **place)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("minGRU_pytorch") is None, reason="minGRU_pytorch is missing")
-def test_min_gru_pytorch(measure, place, device):
+def test_min_gru_pytorch(measure, place, training_step):
     from minGRU_pytorch import minGRU
 
-    measure(training_step(lambda: minGRU(WIDTH), device), name="minGRU_pytorch", role="peer", **place)
+    measure(training_step(lambda: minGRU(WIDTH), SHAPE), name="minGRU_pytorch", role="peer", **place)
 
 
-def test_torch_gru(measure, place, device):
-    step = training_step(lambda: torch.nn.GRU(WIDTH, WIDTH, batch_first=True), device)
+def test_torch_gru(measure, place, training_step):
+    step = training_step(lambda: torch.nn.GRU(WIDTH, WIDTH, batch_first=True), SHAPE)
     measure(step, name="torch.nn.GRU", role="peer", **place)
 
 

@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from seqzoo import create
 
 WIDTH, LENGTH, TOP_K = 256, 2048, 2
 CORE = {"name": "gated_deltanet", "n_heads": 4}
-
-
-def training_step(mixer, device, length):
-    """What makes forward and backward passes of a mixer."""
-
-    def make():
-        module = mixer().to(device)
-        x = torch.randn(1, length, WIDTH, device=device, requires_grad=True)
-        weight = torch.randn(1, length, WIDTH, device=device)
-        sources = [x, *module.parameters()]
-
-        def call():
-            torch.autograd.grad(module(x)[0], sources, weight)
-
-        return call
-
-    return make
 
 
 def mixture(**options):
@@ -38,14 +20,14 @@ def core():
 
 # memories, and whether one more is shared, which gets every token once more
 @pytest.fixture(params=[(4, False), (16, False), (4, True)], ids=["4", "16", "4 and a shared one"])
-def place(request, device):
+def place(request, training_step):
     memories, shared = request.param
     tokens = LENGTH * (TOP_K + shared)
     return {
         "group": f"mixture of {memories} memories{' and a shared one' * shared}, top {TOP_K} of {LENGTH} tokens",
-        "limit": training_step(core, device, tokens),
+        "limit": training_step(core, (1, tokens, WIDTH)),
         "seconds": 4.0,
-    }, (memories, shared, device)
+    }, (memories, shared)
 
 
 def test_core(measure, place):
@@ -53,7 +35,7 @@ def test_core(measure, place):
     measure(options["limit"], name="its core over as many tokens", role="limit", **options)
 
 
-def test_seqzoo(measure, place):
-    options, (memories, shared, device) = place
-    made = training_step(mixture(n_memories=memories, shared_memory=shared), device, LENGTH)
+def test_seqzoo(measure, place, training_step):
+    options, (memories, shared) = place
+    made = training_step(mixture(n_memories=memories, shared_memory=shared), (1, LENGTH, WIDTH))
     measure(made, name="seqzoo", role="seqzoo", **options)

@@ -107,7 +107,7 @@ def test_it_begins_as_in_the_paper():
         ({"n_groups": 0}, "n_groups must divide the 1 heads, got 0"),
         ({"dt_limit": (0.5, 0.1)}, r"dt_limit must be a range of positive numbers, got \(0.5, 0.1\)"),
         ({"A_range": (0, 1)}, r"A_range must be a range of positive numbers, got \(0, 1\)"),
-        ({"dt_min": 0.2}, "0 < dt_min <= dt_max and 0 < dt_init_floor"),
+        ({"dt_min": 0.2}, "dt_min must not be above dt_max, got 0.2 and 0.1"),
         ({"head_dim": 5}, "heads must make up the width 32, got head_dim = 5"),
         ({"expand": 1.03}, r"expand \* d_model must be a positive integer, got 1.03 \* 16"),
     ],
