@@ -55,6 +55,9 @@ def delta_rule(
         scale: Factor on the outputs; None means ``K ** -0.5``.
         cu_seqlens: Boundaries of packed sequences, int32 ``(S + 1,)`` from 0 to T, or a Packing; B is then 1.
 
+    A value that is not finite spoils its whole sequence from the chunk that holds it on, tokens before it in that chunk
+    among them, because weights of zero multiply it. Other sequences, packed or not, are safe from it.
+
     Returns:
         o: ``(B, T, H, V)``, of q's dtype.
         final_state: ``(B, H, K, V)`` or ``(S, H, K, V)``, float32, or float64 for float64 inputs. A sequence without
@@ -90,7 +93,7 @@ def delta_rule(
     state = check_matrix_state(initial_state, q, v, bounds)
     check_finite(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=state)
     check_sign("log_decay", log_decay)
-    factor = size**-0.5 if scale is None else float(scale)
+    factor = max(size, 1) ** -0.5 if scale is None else float(scale)
     if slot.backend == "reference":
         check_boundaries(bounds, total)
         from seqzoo.kernels.delta_rule import reference

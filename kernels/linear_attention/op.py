@@ -59,6 +59,9 @@ def linear_attention(
             whole sequence, the final state is that sum, and ``log_decay`` must be None.
         cu_seqlens: Boundaries of packed sequences, int32 ``(S + 1,)`` from 0 to T, or a Packing; B is then 1.
 
+    A value that is not finite spoils its whole sequence from the chunk that holds it on, tokens before it in that chunk
+    among them, because weights of zero multiply it. Other sequences, packed or not, are safe from it.
+
     Returns:
         o: ``(B, T, H, V)``, of q's dtype.
         final_state: ``(B, H, K, V)`` or ``(S, H, K, V)``, float32, or float64 for float64 inputs. A sequence without
@@ -93,7 +96,7 @@ def linear_attention(
     state = check_matrix_state(initial_state, q, v, bounds)
     check_finite(q=q, k=k, v=v, log_decay=log_decay, initial_state=state)
     check_sign("log_decay", log_decay)
-    factor = size**-0.5 if scale is None else float(scale)
+    factor = max(size, 1) ** -0.5 if scale is None else float(scale)
     if slot.backend == "reference":
         check_boundaries(bounds, total)
         from seqzoo.kernels.linear_attention import reference
@@ -122,13 +125,18 @@ def check_queries(q: Tensor, k: Tensor, v: Tensor) -> None:
     groups, heads = q.shape[2], v.shape[2]
     if groups < 1 or heads % groups != 0:
         raise ValueError(f"the groups of q and k must divide the {heads} heads of v, got {groups}")
-    if q.shape[3] > WIDEST_KEY:
-        raise ValueError(
-            f"K must be at most {WIDEST_KEY}, got {q.shape[3]}: the kernels hold a whole row of keys on chip; use more "
-            "heads of smaller keys"
-        )
+    check_keys(q.shape[3])
     for name, value in (("k", k), ("v", v)):
         check_device(name, value, "q", q.device)
+
+
+def check_keys(size: int) -> None:
+    """Raises ValueError if a head's keys are more than the kernels hold."""
+    if size > WIDEST_KEY:
+        raise ValueError(
+            f"K must be at most {WIDEST_KEY}, got {size}: the kernels hold a whole row of keys on chip; use more heads "
+            "of smaller keys"
+        )
 
 
 def check_matrix_state(state: Tensor | None, q: Tensor, v: Tensor, bounds: Tensor | None) -> Tensor | None:

@@ -253,7 +253,7 @@ def _combine_mamba2(values: Mapping[str, Any]) -> dict[str, Any]:
     low, high = _limit(values["time_step_limit"])
     if not problems and heads * size != expand * width:
         problems.append(f"num_heads * head_dim = {heads * size} contradicts expand * hidden_size = {expand} * {width}")
-    if values["intermediate_size"] not in (None, expand * width):
+    if not problems and values["intermediate_size"] not in (None, expand * width):
         problems.append(f"intermediate_size = {values['intermediate_size']!r} contradicts expand * hidden_size")
     if problems:
         raise Obstacle(*problems)

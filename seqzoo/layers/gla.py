@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.linear_attention import linear_attention
+from seqzoo.kernels.linear_attention.op import WIDEST_KEY
 from seqzoo.mixer import State, register
 from seqzoo.modules.heads import HeadMixer, count_heads
-from seqzoo.modules.options import scaled_width
+from seqzoo.modules.options import check_count, check_number, scaled_width
 from seqzoo.packing import Packing
 
 
@@ -29,7 +30,8 @@ class GLA(HeadMixer):
 
     Args:
         d_model: Width of inputs and outputs.
-        n_heads: Heads, 4 as in the paper unless they do not divide ``expand_k * d_model``.
+        n_heads: Heads, 4 as in the paper unless they do not divide ``expand_k * d_model`` or would have more than 256
+            keys each.
         expand_k: Keys of all heads in multiples of ``d_model``.
         expand_v: Values of all heads in multiples of ``d_model``.
         gate_rank: Rank of the decay's projection.
@@ -54,10 +56,12 @@ class GLA(HeadMixer):
         bias: bool = False,
     ) -> None:
         keys, values = scaled_width(d_model, "expand_k", expand_k), scaled_width(d_model, "expand_v", expand_v)
-        heads, size = count_heads(keys, n_heads, None, -(-keys // 4))
-        _, value = count_heads(values, heads, None, values)
-        if gate_rank < 1 or not gate_power > 0:
-            raise ValueError(f"gate_rank and gate_power must be positive, got {gate_rank} and {gate_power}")
+        heads, size = count_heads(keys, n_heads, None, min(-(-keys // 4), WIDEST_KEY))
+        if values % heads:
+            raise ValueError(f"n_heads must divide the {values} values of expand_v, got {heads}")
+        value = values // heads
+        check_count("gate_rank", gate_rank)
+        check_number("gate_power", gate_power, above=0)
         super().__init__(d_model, n_heads=heads, key_dim=size, value_dim=value, d_conv=d_conv, bias=bias)
         self.gate_power = gate_power
         self.decay_proj = nn.Sequential(nn.Linear(d_model, gate_rank, bias=False), nn.Linear(gate_rank, keys))

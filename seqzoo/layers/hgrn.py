@@ -10,7 +10,7 @@ from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.linear_scan import linear_scan
 from seqzoo.mixer import Mixed, State, StateSpec, register
 from seqzoo.modules.heads import OutputNorm
-from seqzoo.modules.options import scaled_width
+from seqzoo.modules.options import check_number, scaled_width
 from seqzoo.modules.vector_mixer import VectorMixer
 from seqzoo.packing import Packing
 
@@ -50,7 +50,7 @@ class HGRN(VectorMixer):
         bias: bool = False,
     ) -> None:
         super().__init__(d_model, width=scaled_width(d_model, "expand", expand), conv_width=d_model, d_conv=d_conv)
-        if not 0 <= lower_bound < 1:
+        if not 0 <= check_number("lower_bound", lower_bound) < 1:
             raise ValueError(f"lower_bound must be at least 0 and below 1, got {lower_bound}")
         self.lower_bound = lower_bound
         self.in_proj = nn.Linear(d_model, 3 * self.width, bias=bias)

@@ -10,6 +10,7 @@ from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.linear_attention import linear_attention
 from seqzoo.mixer import State, register
 from seqzoo.modules.heads import HeadMixer, count_heads
+from seqzoo.modules.options import check_number
 from seqzoo.packing import Packing
 
 
@@ -22,7 +23,8 @@ class HGRN2(HeadMixer):
         S_t = diag(f_t) S_{t-1} + (1 - f_t) v_t^T        o_t = q_t S_t
         y_t = W_o norm(o_t)
 
-    HGRN2 raises ``lower_bound`` from layer to layer.
+    HGRN2 raises ``lower_bound`` from layer to layer. Each head has a norm of its own; the authors' code has one over
+    all heads.
 
     State: ``{"S": (B, H, K, K)}``, float32 (float64 for float64 inputs), and ``"conv"`` with ``d_conv``.
 
@@ -50,7 +52,7 @@ class HGRN2(HeadMixer):
         bias: bool = False,
     ) -> None:
         heads, size = count_heads(d_model, n_heads, head_dim, 128)
-        if not 0 <= lower_bound < 1:
+        if not 0 <= check_number("lower_bound", lower_bound) < 1:
             raise ValueError(f"lower_bound must be at least 0 and below 1, got {lower_bound}")
         super().__init__(d_model, n_heads=heads, key_dim=size, value_dim=size, d_conv=d_conv, bias=bias)
         self.lower_bound = lower_bound

@@ -8,6 +8,7 @@ from torch import Tensor
 from seqzoo.kernels.linear_attention import linear_attention
 from seqzoo.mixer import State, register
 from seqzoo.modules.heads import HeadMixer, count_heads
+from seqzoo.modules.options import check_number
 from seqzoo.packing import Packing
 
 
@@ -18,7 +19,7 @@ from seqzoo.packing import Packing
     year=2024,
 )
 class LightningAttention(HeadMixer):
-    """Lightning attention, https://arxiv.org/abs/2401.04658, the layer of TransNormerLLM, https://arxiv.org/abs/2307.14995.
+    """Lightning attention, https://arxiv.org/abs/2401.04658.
 
     For every head h of H, with ``q, k, v = silu(W x)``::
 
@@ -26,8 +27,9 @@ class LightningAttention(HeadMixer):
         y_t = W_o (sigmoid(W_g x_t) norm(o_t))
 
     These rates are those of the authors' code and of the models trained with it; the paper prints ``8 h / H``, with
-    which most heads would forget everything within a token. TransNormerLLM lowers ``decay_scale`` from layer to layer,
-    ``1 - layer / n_layers``.
+    which most heads would forget everything within a token. TransNormerLLM, https://arxiv.org/abs/2307.14995, lowers
+    ``decay_scale`` from layer to layer, ``1 - layer / n_layers``; its own layer has no activation on v or the gate, and
+    one norm over all heads.
 
     State: ``{"S": (B, H, K, K)}``, float32 (float64 for float64 inputs), and ``"conv"`` with ``d_conv``.
 
@@ -54,7 +56,7 @@ class LightningAttention(HeadMixer):
         bias: bool = False,
     ) -> None:
         heads, size = count_heads(d_model, n_heads, head_dim, 128)
-        if not decay_scale >= 0:
+        if check_number("decay_scale", decay_scale) < 0:
             raise ValueError(f"decay_scale must not be negative, got {decay_scale}")
         super().__init__(d_model, n_heads=heads, key_dim=size, value_dim=size, d_conv=d_conv, bias=bias)
         self.decay_scale = decay_scale

@@ -15,6 +15,7 @@ from seqzoo.kernels.linear_attention import linear_attention
 from seqzoo.kernels.linear_attention.op import WIDEST_KEY
 from seqzoo.mixer import State, StateSpec, nearest, register
 from seqzoo.modules.heads import HeadMixer, count_heads
+from seqzoo.modules.options import check_flags
 from seqzoo.packing import Packing
 
 
@@ -86,8 +87,9 @@ class LinearAttention(HeadMixer):
         d_conv: int | None = None,
         bias: bool = False,
     ) -> None:
-        if feature_map not in FEATURE_MAPS:
-            raise ValueError(f"there is no feature map {feature_map!r}; {nearest(feature_map, FEATURE_MAPS)}")
+        check_flags(normalise=normalise)
+        if not isinstance(feature_map, str) or feature_map not in FEATURE_MAPS:
+            raise ValueError(f"there is no feature map {feature_map!r}; {nearest(str(feature_map), FEATURE_MAPS)}")
         heads, size = count_heads(d_model, n_heads, head_dim, 16 if feature_map == "taylor" else 64)
         self.feature_map, self.features = feature_map, FEATURE_MAPS[feature_map][1](size)
         if self.features > WIDEST_KEY:
@@ -122,10 +124,14 @@ class LinearAttention(HeadMixer):
         if not self.divide:
             o, S = linear_attention(q, k, v, None, _entry(state, "S"), cu_seqlens=packing)
             return o, {"S": S}
+        dtype = v.dtype
+        if dtype == torch.float16:  # which the sum of many features exceeds
+            q, k, v = q.float(), k.float(), v.float()
         given = None if state is None else torch.cat((state["S"], state["z"][..., None]), dim=-1)
         o, S = linear_attention(q, k, F.pad(v, (0, 1), value=1.0), None, given, scale=1.0, cu_seqlens=packing)
         o, total = o[..., :-1], o[..., -1:]
-        return o / total.clamp(min=torch.finfo(accumulator(v.dtype)).tiny ** 0.5), {"S": S[..., :-1], "z": S[..., -1]}
+        o = (o / total.clamp(min=torch.finfo(accumulator(v.dtype)).tiny ** 0.5)).to(dtype)
+        return o, {"S": S[..., :-1], "z": S[..., -1]}
 
     def recurrent_spec(self, batch_size: int, dtype: torch.dtype) -> StateSpec:
         """The matrix of every head, and the sum of its keys."""

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.linear_attention import linear_attention
+from seqzoo.kernels.linear_attention.op import check_keys
 from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec, register
 from seqzoo.modules.heads import OutputNorm, count_heads
-from seqzoo.modules.options import scaled_width
+from seqzoo.modules.options import check_count, check_flags, check_number, check_pair, scaled_width
 from seqzoo.modules.short_conv import ShortConv
 from seqzoo.modules.steps import check_steps, reset_rates, reset_step_bias, step_of
 from seqzoo.packing import Packing
@@ -85,11 +86,16 @@ class Mamba2(SequenceMixer):
         check_steps(dt_min, dt_max, dt_init_floor)
         width = scaled_width(d_model, "expand", expand)
         heads, size = count_heads(width, n_heads, head_dim, 64)
-        if n_groups < 1 or heads % n_groups != 0:
+        check_flags(bias=bias, conv_bias=conv_bias)
+        check_keys(check_count("d_state", d_state))
+        check_number("norm_eps", norm_eps, above=0)
+        if heads % check_count("n_groups", n_groups) != 0:
             raise ValueError(f"n_groups must divide the {heads} heads, got {n_groups}")
-        if not 0 <= dt_limit[0] < dt_limit[1]:
+        low, high = check_pair("dt_limit", dt_limit)
+        if not 0 <= low < high:
             raise ValueError(f"dt_limit must be a range of positive numbers, got {dt_limit}")
-        if not 0 < A_range[0] <= A_range[1]:
+        low, high = check_pair("A_range", A_range)
+        if not 0 < low <= high < float("inf"):
             raise ValueError(f"A_range must be a range of positive numbers, got {A_range}")
         self.width, self.n_heads, self.head_dim, self.n_groups, self.d_state = width, heads, size, n_groups, d_state
         self.steps, self.dt_limit, self.A_range = (dt_min, dt_max, dt_init_floor), tuple(dt_limit), tuple(A_range)

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.linear_attention import linear_attention
+from seqzoo.kernels.linear_attention.op import WIDEST_KEY, check_keys
 from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec, register
 from seqzoo.modules.heads import OutputNorm, count_heads
-from seqzoo.modules.options import scaled_width
+from seqzoo.modules.options import check_count, check_flags, scaled_width
 from seqzoo.modules.positions import count_positions
 from seqzoo.modules.short_conv import ShortConv
 from seqzoo.packing import Packing
@@ -35,12 +36,14 @@ class MLSTM(SequenceMixer):
         h_t = q_t S_t / max(|q_t n_t|, exp(-m_t))
         y_t = W_down ((norm(h_t) + skip c_t) silu(z_t))
 
+    The norm is an RMS norm of every head where the authors' code has a layer norm.
+
     State: ``{"conv": (B, d_conv - 1, E), "S": (B, H, K, K), "n": (B, H, K), "m": (B, H)}``, the first of the inputs'
     dtype, the others float32 (float64 for float64 inputs).
 
     Args:
         d_model: Width of inputs and outputs.
-        n_heads: Heads, 4 as in the paper unless they do not divide E.
+        n_heads: Heads, 4 as in the paper unless they do not divide E or would have more than 256 keys each.
         expand: Channels in multiples of ``d_model``.
         d_conv: Taps of the convolution; None means without.
         block_size: Width of the blocks of the maps to q, k and v.
@@ -62,8 +65,12 @@ class MLSTM(SequenceMixer):
     ) -> None:
         super().__init__(d_model)
         self.width = scaled_width(d_model, "expand", expand)
-        self.n_heads, self.head_dim = count_heads(self.width, n_heads, None, -(-self.width // 4))
-        blocks, _ = count_heads(self.width, None, block_size, block_size)
+        self.n_heads, self.head_dim = count_heads(self.width, n_heads, None, min(-(-self.width // 4), WIDEST_KEY))
+        check_flags(bias=bias)
+        check_keys(self.head_dim)
+        if self.width % check_count("block_size", block_size):
+            raise ValueError(f"block_size must divide the {self.width} channels, got {block_size}")
+        blocks = self.width // block_size
         self.up_proj = nn.Linear(d_model, 2 * self.width, bias=bias)
         self.conv1d = None if d_conv is None else ShortConv(self.width, d_conv)
         self.qkv_weight = nn.Parameter(torch.empty(3, blocks, block_size, block_size))
@@ -90,7 +97,10 @@ class MLSTM(SequenceMixer):
         given = None if state is None else torch.cat((state["S"], state["n"][..., None]), dim=-1)
         # the sum of the keys is one more column
         v = F.pad(v, (0, 1), value=1.0)
-        o, S = linear_attention(q, k, v, log_f + before - m, given, scale=1.0, cu_seqlens=packing)
+        log_decay = log_f + before - m
+        # never positive but for a rounding of the size of m
+        log_decay = log_decay - log_decay.detach().clamp(min=0)
+        o, S = linear_attention(q, k, v, log_decay, given, scale=1.0, cu_seqlens=packing)
         o = o.to(m.dtype)
         h = o[..., :-1] / torch.maximum(o[..., -1:].abs(), torch.exp(-m.clamp(min=-STEEPEST))[..., None])
         y = (self.norm(h.to(u.dtype)).flatten(2) + self.skip.to(c.dtype) * c) * F.silu(z)
@@ -132,6 +142,8 @@ def stabiliser(
     log_f: Tensor, enter: Tensor, initial: Tensor | None, packing: Packing | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``m_t = max(log_f_t + m_{t-1}, enter_t)`` within every sequence, by doubling.
+
+    With gradients, which the outputs do not need but the tensors of a state, each by itself, do.
 
     Args:
         log_f: ``(B, T, H)``.

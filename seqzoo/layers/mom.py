@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec, create, list_mixers, nearest, register, registration
 from seqzoo.modules.heads import HeadMixer
+from seqzoo.modules.options import check_count, check_flags
 from seqzoo.modules.routing import Columns, PartLinear, Router, Streams
 from seqzoo.packing import Packing
 
@@ -76,6 +77,8 @@ class MixtureOfMemories(SequenceMixer):
         shared_memory: bool = True,
     ) -> None:
         super().__init__(d_model)
+        check_flags(shared_memory=shared_memory)
+        check_count("n_memories", n_memories)
         self.router = Router(d_model, n_memories, top_k)
         self.n_memories, self.shared_memory = n_memories, shared_memory
         self.n_parts = n_memories + shared_memory
@@ -93,7 +96,8 @@ class MixtureOfMemories(SequenceMixer):
         """Routes, runs all memories over their tokens as packed sequences, adds up, reads."""
         batch, total = x.shape[:2]
         if packing is None:
-            sequences = batch
+            # a batch of none is one sequence without tokens, whose state is not handed out
+            sequences = max(batch, 1)
             sequence = torch.arange(batch, device=x.device)[:, None].expand(batch, total).flatten()
         else:
             sequences, sequence = packing.n_sequences, packing.sequence_index
@@ -105,11 +109,13 @@ class MixtureOfMemories(SequenceMixer):
         q = streams.spread(self.q_proj(tokens))
         key_values, gates = self.memory_proj(tokens, streams).tensor_split((self.key_values,), dim=-1)
         rows = None
-        if state is not None:
+        if state is not None and (packing is not None or batch > 0):
             rows = {name: value.transpose(0, 1).flatten(0, 1) for name, value in state.items()}
         o, after = self.core.remember(gates[None], torch.cat((q, key_values), dim=-1)[None], rows, streams.packing)
         o = streams.gather(o[0].flatten(1), weights).to(o.dtype).view(batch, total, *o.shape[2:])
         after = {name: value.unflatten(0, (self.n_parts, -1)).transpose(0, 1) for name, value in after.items()}
+        if packing is None:
+            after = {name: value[:batch] for name, value in after.items()}
         if "conv" in after:
             # under autocast the projections are narrower than x, whose dtype the state of a convolution has
             after["conv"] = after["conv"].to(x.dtype)

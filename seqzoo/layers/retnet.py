@@ -53,6 +53,9 @@ class RetNet(HeadMixer):
         d_conv: int | None = None,
         bias: bool = False,
     ) -> None:
+        if n_heads is None and head_dim is None and d_model % 2 == 0:
+            # rotations need pairs
+            head_dim = 2 * count_heads(d_model // 2, None, None, 128)[1]
         heads, size = count_heads(d_model, n_heads, head_dim, 256)
         if size % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {size}")

@@ -10,7 +10,7 @@ from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.linear_scan import linear_scan
 from seqzoo.mixer import Mixed, State, StateSpec, register
 from seqzoo.modules.heads import count_heads
-from seqzoo.modules.options import scaled_width
+from seqzoo.modules.options import check_number, scaled_width
 from seqzoo.modules.vector_mixer import VectorMixer
 from seqzoo.packing import Packing
 
@@ -57,8 +57,7 @@ class RGLRU(VectorMixer):
     ) -> None:
         width = scaled_width(d_model, "expand", expand)
         super().__init__(d_model, width=width, conv_width=width, d_conv=d_conv, conv_activation=None)
-        if not c > 0:
-            raise ValueError(f"c must be positive, got {c}")
+        check_number("c", c, above=0)
         self.c = c
         heads, size = count_heads(width, n_heads, None, 128)
         self.in_proj = nn.Linear(d_model, 2 * width, bias=bias)

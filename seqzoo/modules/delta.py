@@ -10,6 +10,7 @@ from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.delta_rule import delta_rule
 from seqzoo.mixer import State
 from seqzoo.modules.heads import HeadMixer
+from seqzoo.modules.options import check_flags
 from seqzoo.packing import Packing
 
 
@@ -38,6 +39,7 @@ class DeltaMixer(HeadMixer):
         bias: bool,
     ) -> None:
         super().__init__(d_model, n_heads=n_heads, key_dim=key_dim, value_dim=value_dim, d_conv=d_conv, bias=bias)
+        check_flags(negative_eigenvalues=negative_eigenvalues)
         self.negative_eigenvalues = negative_eigenvalues
         self.beta_proj = nn.Linear(d_model, n_heads, bias=bias)
 

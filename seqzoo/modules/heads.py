@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqzoo.kernels.checks import accumulator
+from seqzoo.kernels.linear_attention.op import check_keys
 from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec
-from seqzoo.modules.options import check_count
+from seqzoo.modules.options import check_count, check_flags
 from seqzoo.modules.short_conv import ShortConv
 from seqzoo.modules.steps import StepDecay
 from seqzoo.packing import Packing
@@ -119,6 +120,8 @@ class HeadMixer(SequenceMixer):
         bias: bool = False,
     ) -> None:
         super().__init__(d_model)
+        check_flags(bias=bias)
+        check_keys(key_dim)
         self.n_heads, self.key_dim, self.value_dim = n_heads, key_dim, value_dim
         self.widths = n_heads * key_dim, n_heads * key_dim, n_heads * value_dim
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=bias)
@@ -167,8 +170,6 @@ class HeadMixer(SequenceMixer):
         gate = None if self.gate_proj is None else self.gate_proj(x).unflatten(-1, (self.n_heads, -1))
         if self.norm is not None:
             o = self.norm(o, gate)
-        elif gate is not None and self.gate is not None:
-            o = o * GATES[self.gate](gate)
         return self.out_proj(o.flatten(2))
 
     def state_spec(self, batch_size: int, dtype: torch.dtype) -> StateSpec:

@@ -28,10 +28,25 @@ def check_number(name: str, value: Any, *, above: float = -math.inf) -> float:
     Raises:
         ValueError: If it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= above:
+    if not _is_number(value) or not math.isfinite(value) or value <= above:
         bound = "" if above == -math.inf else f" greater than {above}"
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return value
+
+
+def check_pair(name: str, value: Any) -> tuple[float, float]:
+    """Two numbers, infinite ones among them.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(_is_number(end) for end in value):
+        raise ValueError(f"{name} must be two numbers, got {value!r}")
+    return value[0], value[1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_flags(**flags: Any) -> None:

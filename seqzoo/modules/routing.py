@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from seqzoo.kernels.checks import accumulator
+from seqzoo.kernels.dispatch import uncast
 from seqzoo.modules.options import check_count
 from seqzoo.packing import Packing
 
-# rows that share a copy of a part's matrix: fewer copy more, more leave more rows of a short stream unused
+# rows that share a copy of a part's matrix, where streams are short: fewer copy more, more leave more rows unused
 BLOCK = 128
 
 
@@ -28,7 +29,7 @@ class Router(nn.Module):
 
     def __init__(self, d_model: int, n_parts: int, top_k: int) -> None:
         super().__init__()
-        for name, value in (("the number of parts", n_parts), ("top_k", top_k)):
+        for name, value in (("n_parts", n_parts), ("top_k", top_k)):
             check_count(name, value)
         if top_k > n_parts:
             raise ValueError(f"a token can go to at most all {n_parts} parts, got top_k = {top_k}")
@@ -41,7 +42,7 @@ class Router(nn.Module):
         Of equal probabilities the first is chosen.
         """
         dtype = accumulator(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with uncast(x.device):
             probabilities = (x.to(dtype) @ self.weight.to(dtype).T).softmax(-1)
         # topk leaves open which of equal ones it takes
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -114,7 +115,7 @@ class Streams(NamedTuple):
 class PartLinear(nn.Module):
     """A linear map for each of several parts, applied to the tokens that go there.
 
-    The tokens of a part lie in blocks of up to ``BLOCK`` rows, the last of a part filled up, and each block meets a
+    The tokens of a part lie in blocks of equal length, the last of a part filled up, and each block meets a
     copy of its part's matrix in one batched product. So the work is that of the tokens whatever the number of parts,
     for every dtype, and nothing depends on the counts but values.
 
@@ -133,7 +134,8 @@ class PartLinear(nn.Module):
     def forward(self, x: Tensor, streams: Streams) -> Tensor:
         """``(N, D)`` to ``(N c, width)``, in the order of the streams."""
         parts, places = self.weight.shape[0], streams.order.shape[0]
-        rows = max(1, min(BLOCK, -(-places // parts)))
+        # long streams have longer blocks: 4 copies of every matrix, as it were, and a quarter of the rows to fill up
+        rows = max(1, min(max(BLOCK, places // (4 * parts)), -(-places // parts)))
         starts, counts = streams.bounds[:-1], streams.bounds.diff()
         needed = torch.div(counts + (rows - 1), rows, rounding_mode="floor")
         ends = needed.cumsum(0)

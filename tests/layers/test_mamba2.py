@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -104,7 +105,11 @@ def test_it_begins_as_in_the_paper():
     ("options", "words"),
     [
         ({"n_groups": 3, "n_heads": 4}, "n_groups must divide the 4 heads, got 3"),
-        ({"n_groups": 0}, "n_groups must divide the 1 heads, got 0"),
+        ({"n_groups": 0}, "n_groups must be a positive integer, got 0"),
+        ({"dt_limit": (0.1,)}, r"dt_limit must be two numbers, got \(0.1,\)"),
+        ({"A_range": (1, math.inf)}, r"A_range must be a range of positive numbers, got \(1, inf\)"),
+        ({"d_state": 512}, "K must be at most 256, got 512"),
+        ({"norm_eps": -1.0}, "norm_eps must be a finite number greater than 0, got -1.0"),
         ({"dt_limit": (0.5, 0.1)}, r"dt_limit must be a range of positive numbers, got \(0.5, 0.1\)"),
         ({"A_range": (0, 1)}, r"A_range must be a range of positive numbers, got \(0, 1\)"),
         ({"dt_min": 0.2}, "dt_min must not be above dt_max, got 0.2 and 0.1"),

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqzoo import create
+from seqzoo import create, list_mixers
 from seqzoo.models import LanguageModel, ModelConfig
-from seqzoo.ops import linear_attention
+from seqzoo.ops import checks, linear_attention
 from seqzoo.testing import inputs
 
 T = 70
@@ -299,14 +299,14 @@ def test_mlstm_survives_gates_that_no_exponential_holds():
         ("retnet", {"head_dim": 1}, "rotary positions need an even head_dim, got 1"),
         ("retnet", {"n_heads": 3}, "n_heads must divide the width 16, got 3"),
         ("lightning_attention", {"decay_scale": -1.0}, "decay_scale must not be negative, got -1.0"),
-        ("gla", {"gate_power": 0.0}, "gate_rank and gate_power must be positive, got 16 and 0.0"),
+        ("gla", {"gate_power": 0.0}, "gate_power must be a finite number greater than 0, got 0.0"),
         ("gla", {"expand_k": 0.51}, r"expand_k \* d_model must be a positive integer"),
         ("hgrn2", {"lower_bound": 1.0}, "lower_bound must be at least 0 and below 1, got 1.0"),
         ("deltanet", {"head_dim": 5}, "heads must make up the width 16, got head_dim = 5"),
         ("deltanet", {"n_heads": 2, "head_dim": 4}, r"n_heads \* head_dim = 2 \* 4"),
         ("deltanet", {"d_conv": 1}, "d_conv must be an integer from 2 to 8, got 1"),
         ("kda", {"n_heads": 0}, "n_heads must be a positive integer, got 0"),
-        ("mlstm", {"block_size": 5}, "heads must make up the width 32"),
+        ("mlstm", {"block_size": 5}, "block_size must divide the 32 channels, got 5"),
     ],
 )
 def test_bad_options(name: str, options: dict, words: str):
@@ -316,11 +316,44 @@ def test_bad_options(name: str, options: dict, words: str):
 
 @pytest.mark.parametrize("name", ["deltanet", "kda", "hgrn2", "lightning_attention"])
 def test_keys_that_do_not_fit_say_why(name: str):
-    mixer = create(name, d_model=320, head_dim=320)
     with pytest.raises(
         ValueError, match="K must be at most 256, got 320: the kernels hold a whole row of keys on chip"
     ):
-        mixer(torch.zeros(1, 2, 320))
+        create(name, d_model=320, head_dim=320)
+
+
+@pytest.mark.parametrize("d_model", [16, 272, 768, 2096, 4096])
+def test_defaults_run_at_any_width(d_model: int):
+    for name in list_mixers():
+        with torch.device("meta"):
+            mixer = create(name, d_model=d_model)
+            y, _ = mixer(torch.empty(2, 5, d_model))
+        assert y.shape == (2, 5, d_model), name
+
+
+@pytest.mark.parametrize("feature_map", ["elu+1", "relu"])
+@torch.no_grad()
+def test_float16_over_many_tokens(feature_map: str):
+    """The sum of the features leaves its range, and the least denominator too."""
+    torch.manual_seed(0)
+    mixer = create("linear_attention", d_model=32, feature_map=feature_map, bias=True)
+    x = inputs((1, 4096, 32), torch.float32) + 1
+    expected = mixer(x)[0]
+    y = mixer.half()(x.half())[0].float()
+    assert float((y - expected).abs().max()) < 0.01 * float(expected.abs().max())
+    mixer.in_proj.bias[:64] = -50.0
+    assert not mixer(x.half())[0].isnan().any()
+
+
+def test_the_decay_of_mlstm_has_a_sign():
+    mixer = create("mlstm", d_model=32)
+    with torch.no_grad():
+        mixer.gates_proj.weight.normal_(std=0.5)
+        forget, enter = mixer.gates_proj.bias.chunk(2)
+        forget.fill_(3)
+        enter.fill_(300)
+    with checks():
+        mixer(inputs((2, 60, 32), torch.float32))
 
 
 def check_beginning(name: str, mixer) -> None:

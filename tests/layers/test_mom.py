@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import seqzoo
-from seqzoo import Packing, SequenceMixer, create
+from seqzoo import SequenceMixer, create
 from seqzoo.models import LanguageModel, ModelConfig
 from seqzoo.modules.routing import BLOCK, PartLinear, Router, Streams
 from seqzoo.testing import boundaries, inputs, random_state
@@ -291,11 +291,21 @@ def test_options_and_state_travel():
     assert not {"memory_proj.weight", "router.weight"} & kept
 
 
-def test_a_packing_is_made_without_looking_at_counts():
-    x = inputs((1, 6, WIDTH), torch.float64)
-    packing = Packing.from_lengths([2, 4])
+def test_nothing_of_the_routing_is_read_on_the_host():
+    """On the meta device there is nothing to read."""
+    with torch.device("meta"):
+        mixer = build().float()
+        for options in ({}, {"cu_seqlens": torch.empty(3, dtype=torch.int32)}):
+            y, state = mixer(torch.empty(1, 6, WIDTH), return_state=True, **options)
+            assert y.shape == (1, 6, WIDTH)
+            assert state["S"].shape[0] == (2 if options else 1)
+
+
+def test_a_batch_of_none():
     mixer = build()
-    assert torch.equal(mixer(x, cu_seqlens=packing)[0], mixer(x, cu_seqlens=packing.cu_seqlens)[0])
+    y, state = mixer(inputs((0, 4, WIDTH), torch.float64), mixer.init_state(0), return_state=True)
+    assert y.shape == (0, 4, WIDTH)
+    assert all(value.shape[0] == 0 for value in state.values())
 
 
 @pytest.mark.parametrize(
@@ -303,7 +313,7 @@ def test_a_packing_is_made_without_looking_at_counts():
     [
         ({"top_k": 5}, ValueError, "a token can go to at most all 4 parts, got top_k = 5"),
         ({"top_k": 0}, ValueError, "top_k must be a positive integer, got 0"),
-        ({"n_memories": 0}, ValueError, "the number of parts must be a positive integer, got 0"),
+        ({"n_memories": 0}, ValueError, "n_memories must be a positive integer, got 0"),
         ({"n_memories": True, "top_k": 1}, ValueError, "must be a positive integer, got True"),
         ({"core": "gated_delta"}, ValueError, r"core must be one of deltanet, .*, got 'gated_delta'; did you mean"),
         ({"core": "min_gru"}, ValueError, "core must be one of deltanet, gated_deltanet, gla"),

@@ -114,7 +114,7 @@ def test_a_shut_gate_keeps_a_state_without_adding(name: str):
     [
         ("hgrn", {"lower_bound": -0.1}, "lower_bound must be at least 0 and below 1, got -0.1"),
         ("hgrn", {"expand": 1.03}, r"expand \* d_model must be a positive integer"),
-        ("rglru", {"c": 0.0}, "c must be positive, got 0.0"),
+        ("rglru", {"c": 0.0}, "c must be a finite number greater than 0, got 0.0"),
         ("rglru", {"n_heads": 3}, "n_heads must divide the width 16, got 3"),
         ("gateloop", {"d_conv": 9}, "d_conv must be an integer from 2 to 8, got 9"),
     ],
