@@ -205,8 +205,8 @@ def _grade(x, given, table, taps, width, bounds, silu, task, grad_y, grad_final,
     first, count, start, stop = task[0], task[1], task[2] * SEGMENT, min(task[3] * SEGMENT, bounds[-1])
     no_input, zeros = np.zeros(count, x.dtype), np.zeros(count, table.dtype)
     scratch, ring = np.empty(count, table.dtype), np.zeros(RING * count, table.dtype)
-    # of the rows of the table; and once more, for the tokens behind the last segment
-    partial = np.zeros(2 * TABLE * count, table.dtype)
+    # of the rows of the table; what tokens behind the last segment add is not flushed
+    partial = np.zeros(TABLE * count, table.dtype)
     bias = columns(table, width, TABLE - 1, first, count)
     near, far = _rows_of(table, width, 0, first, count), _rows_of(table, width, GROUP, first, count)
     row, sequence = start, _sequence_of(bounds, start)
@@ -222,20 +222,16 @@ def _grade(x, given, table, taps, width, bounds, silu, task, grad_y, grad_final,
         for token in range(row, last + taps - 1):
             inner = columns(ring, count, token % RING, 0, count)
             if token < closing:
-                own = 0 if token < last else TABLE
                 inputs = _group(x, given, no_input, taps, width, sequence, token, token - opening, 0, first, count)
                 arriving = columns(grad_y, width, token, first, count)
-                to_near, to_bias = (
-                    _rows_of(partial, count, own, 0, count),
-                    columns(partial, count, own + TABLE - 1, 0, count),
-                )
+                to_near, to_bias = _rows_of(partial, count, 0, 0, count), columns(partial, count, TABLE - 1, 0, count)
                 if taps > GROUP:
                     older = _group(
                         x, given, no_input, taps, width, sequence, token, token - opening, GROUP, first, count
                     )
                     _sum_taps(bias, older, far, False, scratch)
                     _grade_taps(scratch, inputs, near, silu, arriving, inner, to_bias, to_near)
-                    _add_taps(older, inner, _rows_of(partial, count, own + GROUP, 0, count))
+                    _add_taps(older, inner, _rows_of(partial, count, GROUP, 0, count))
                 else:
                     _grade_taps(bias, inputs, near, silu, arriving, inner, to_bias, to_near)
                 if token < last and ((token + 1) % CHUNK == 0 or token + 1 == stop):
