@@ -42,6 +42,9 @@ def delta_rule(
 
     Stable where ``beta |k|^2`` lies within (0, 2): the caller normalises k.
 
+    A value that is not finite may reach tokens before it, those of its chunk, because weights of zero multiply it. Other
+    sequences, packed or not, are safe from it.
+
     Args:
         q: ``(B, T, G, K)``, K at most 256: float64, float32, bfloat16 or float16. G divides H; head h reads group
             ``h // (H // G)``.
@@ -54,9 +57,6 @@ def delta_rule(
             ``cu_seqlens`` one row a sequence, ``(S, H, K, V)``.
         scale: Factor on the outputs; None means ``K ** -0.5``.
         cu_seqlens: Boundaries of packed sequences, int32 ``(S + 1,)`` from 0 to T, or a Packing; B is then 1.
-
-    A value that is not finite spoils its whole sequence from the chunk that holds it on, tokens before it in that chunk
-    among them, because weights of zero multiply it. Other sequences, packed or not, are safe from it.
 
     Returns:
         o: ``(B, T, H, V)``, of q's dtype.

@@ -44,6 +44,9 @@ def linear_attention(
     (https://arxiv.org/abs/2405.21060), GLA (https://arxiv.org/abs/2312.06635), HGRN2 and mLSTM. Solved in chunks whose
     inside is matrix products and between which only the state passes; computed in float32 (float64 for float64 inputs).
 
+    A value that is not finite may reach tokens before it, those of its chunk, because weights of zero multiply it. Other
+    sequences, packed or not, are safe from it.
+
     Args:
         q: ``(B, T, G, K)``, K at most 256: float64, float32, bfloat16 or float16. G divides H; head h reads group
             ``h // (H // G)``.
@@ -58,9 +61,6 @@ def linear_attention(
         causal: Whether a token sees only those up to it. If not, ``o_t = scale * q_t (S_0 + sum_s k_s v_s^T)`` over the
             whole sequence, the final state is that sum, and ``log_decay`` must be None.
         cu_seqlens: Boundaries of packed sequences, int32 ``(S + 1,)`` from 0 to T, or a Packing; B is then 1.
-
-    A value that is not finite spoils its whole sequence from the chunk that holds it on, tokens before it in that chunk
-    among them, because weights of zero multiply it. Other sequences, packed or not, are safe from it.
 
     Returns:
         o: ``(B, T, H, V)``, of q's dtype.

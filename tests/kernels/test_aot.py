@@ -119,6 +119,18 @@ def test_a_selective_scan_moves_no_state_a_token(recorded):
         assert entry["bytes"] <= most, example
 
 
+def test_matrix_states_with_one_decay_a_head_take_few_launches(recorded):
+    limits = {"forward": 3, "backward": 5}
+    found = [
+        (op, example, entry["launches"])
+        for (_, op, example), entry in entries(recorded)
+        if op in ("linear_attention", "delta_rule") and "key decay" not in example
+    ]
+    assert {op for op, _, _ in found} == {"linear_attention", "delta_rule"}
+    for op, example, launches in found:
+        assert launches <= limits[example.split()[-1]], (op, example)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_every_form_compiles_without_spills():
