@@ -42,8 +42,8 @@ def delta_rule(
 
     Stable where ``beta |k|^2`` lies within (0, 2): the caller normalises k.
 
-    A value that is not finite may reach tokens before it, those of its chunk, because weights of zero multiply it. Other
-    sequences, packed or not, are safe from it.
+    A value that is not finite may reach tokens before it, those of its chunk, because weights of zero multiply it.
+    Other sequences, packed or not, are safe from it.
 
     Args:
         q: ``(B, T, G, K)``, K at most 256: float64, float32, bfloat16 or float16. G divides H; head h reads group

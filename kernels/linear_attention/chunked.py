@@ -1,16 +1,21 @@
 """``linear_attention`` in PyTorch operations on whole chunks: any device, any dtype, no compiler, no host reads.
 
-Every sequence is cut into chunks of its own, so that what packed sequences hold never meets. A *tile* is one head of
-one chunk, C tokens; the states run from chunk to chunk, everything else is matrix products of tiles. With ``p(s..t)``
-the product of the decays of tokens s to t, one a head or one a key:
+Every sequence is cut into chunks of its own, so that what packed sequences hold never meets. The states run from chunk
+to chunk, everything else is matrix products. With ``p(s..t)`` the product of the decays of tokens s to t, one a head or
+one a key, and C tokens in a chunk:
 
-    A_ij = scale sum_c q_ic k_jc p_c(j+1..i) for j <= i,  Q_i = scale p(1..i) q_i,  K_j = p(j+1..C) k_j
-    o = A v + Q S_in,  S_out = p(1..C) S_in + K^T v
+    A_ij = scale sum_c q_ic k_jc p_c(j+1..i) for j <= i
+    o_i = sum_j A_ij v_j + scale (p(1..i) q_i) S_in,  S_out = p(1..C) S_in + sum_j (p(j+1..C) k_j)^T v_j
+
+A *tile* is a group of one chunk: q and k ``(C, K)``, and the values of the group's m heads beside each other,
+``(C, m V)``, so that one product makes the states ``(K, m V)`` of all its heads. That is :class:`ByValue`: a decay that
+all keys share goes over to the values, ``p(j+1..C) v_j`` and ``p(1..i) (q_i S_in)``. A decay for every key is the keys'
+own, and every head has tiles of its own, m = 1: that is :class:`ByKey`. Its chunks are short, its pairs elementwise.
 
 The products are exponentials of sums over just these tokens, never of differences of longer sums, whose cancellation
 shows where a decay is strong. For the same reason the gradient of the decay of token t is summed over what passes
 through it: the pairs j < t <= i, the reads of S_in at i >= t, the writes to S_out at j < t, and S_in on its way to
-S_out. With a decay for every key the chunks are short and the pairs elementwise.
+S_out.
 
 Tiles are made a *block* at a time, some heads of some chunks, which bounds the temporaries. The backward pass keeps the
 states that enter the blocks and computes those inside again.
@@ -19,6 +24,7 @@ states that enter the blocks and computes those inside again.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +43,27 @@ BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class Block:
-    """Some neighbouring heads of some neighbouring chunks, whose tiles are ordered by row, chunk and head."""
+    """Some neighbouring heads of some neighbouring chunks, whose tiles are ordered by row, chunk and group.
+
+    Attributes:
+        heads: Which heads: whole groups, or some of one.
+        members: m, the heads of a tile.
+        chunks: Which chunks.
+    """
 
     heads: slice
+    members: int
     chunks: slice
 
     @property
     def n_heads(self) -> int:
         """How many heads."""
         return self.heads.stop - self.heads.start
+
+    @property
+    def n_groups(self) -> int:
+        """How many tiles a chunk has."""
+        return self.n_heads // self.members
 
     @property
     def n_chunks(self) -> int:
@@ -73,18 +91,24 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class Faded:
-    """What a block adds to the states; without a decay k itself.
+class Added:
+    """What a block adds to the states.
 
     Attributes:
-        writing: K of the module's formulas, ``(M, C, K)``.
-        passing: p(1..C), ``(M, K)``, or None.
+        k: ``(M, C, K)`` of the block's M tiles.
+        v: ``(M, C, m V)``.
         decays: What the solver keeps of the decays, or None.
+        writing: k or v with the decays from the token to the end of its chunk.
+        passing: p(1..C), ``(M, K)`` by keys, ``(M, m)`` by values, or None.
+        states: What the chunks add, which :meth:`Solver.scan` makes what enters them, ``(M, K, m V)``.
     """
 
+    k: Tensor
+    v: Tensor
+    decays: Any
     writing: Tensor
     passing: Tensor | None
-    decays: Any
+    states: Tensor
 
 
 def chunk_length(limit: int, total: int, sequences: int) -> int:
@@ -104,7 +128,7 @@ def forward(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """As the op ``linear_attention_forward``."""
-    return solve(Solver, q, k, v, log_decay, initial_state, cu_seqlens, scale, causal)
+    return solve((ByValue, ByKey), q, k, v, log_decay, initial_state, cu_seqlens, scale, causal)
 
 
 def backward(
@@ -121,11 +145,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the op ``linear_attention_backward``."""
     gradients = grad_o, grad_final_state
-    return grade(Solver, gradients, q, k, v, log_decay, initial_state, cu_seqlens, scale, causal)
+    return grade((ByValue, ByKey), gradients, q, k, v, log_decay, initial_state, cu_seqlens, scale, causal)
 
 
 def solve(
-    solver: type[Solver],
+    solvers: tuple[type[Solver], type[Solver]],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -135,17 +159,18 @@ def solve(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The forward pass by one of the solvers."""
+    """The forward pass by one of the solvers, by values and by keys."""
     check_boundaries(cu_seqlens, q.shape[1])
     if 0 in (*q.shape, *v.shape):
         return torch.zeros_like(v), _state(q, v, initial_state, cu_seqlens)
     if q.shape[1] == 1 and cu_seqlens is None:
-        return solver.step(q, k, v, log_decay, initial_state, scale)
+        return solvers[0].step(q, k, v, log_decay, initial_state, scale)
+    solver = solvers[log_decay is not None and log_decay.dim() == 4]
     return solver(q, k, v, log_decay, initial_state, cu_seqlens, scale, causal).forward()
 
 
 def grade(
-    solver: type[Solver],
+    solvers: tuple[type[Solver], type[Solver]],
     gradients: tuple[Tensor, Tensor],
     q: Tensor,
     k: Tensor,
@@ -156,11 +181,12 @@ def grade(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The backward pass by one of the solvers."""
+    """The backward pass by one of the solvers, by values and by keys."""
     check_boundaries(cu_seqlens, q.shape[1])
     if 0 in (*q.shape, *v.shape):
         to_decay = q.new_empty(0) if log_decay is None else torch.zeros_like(log_decay)
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), to_decay, gradients[1].clone()
+    solver = solvers[log_decay is not None and log_decay.dim() == 4]
     return solver(q, k, v, log_decay, initial_state, cu_seqlens, scale, causal).backward(*gradients)
 
 
@@ -172,7 +198,7 @@ def _state(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tenso
 
 
 class Solver:
-    """One call of the op; what is not a matrix product is in methods of their own, which a compiled solver replaces.
+    """One call of the op; what is not a matrix product is in methods of their own, which compiled solvers replace.
 
     Args:
         q: As the op's, like all that follow, and no tensor empty.
@@ -185,6 +211,10 @@ class Solver:
         causal: As the op's.
     """
 
+    # tokens of a chunk, at most
+    longest = CHUNK
+    # whether the heads of a group share tiles
+    joint = True
     # whether a row beyond the last sequence's takes what belongs to none
     spare = 1
 
@@ -199,15 +229,64 @@ class Solver:
         scale: float,
         causal: bool,
     ) -> None:
-        self.q, self.k, self.v, self.log_decay = q, k, v, log_decay
+        self.q, self.k, self.v = q, k, v
+        # a tensor, or None, which only ByValue takes
+        self.log_decay: Any = log_decay
         self.initial_state, self.scale, self.causal = initial_state, scale, causal
         self.batch, self.total, self.groups, self.size = q.shape
         self.heads, self.width = v.shape[2:]
         self.dtype = accumulator(q.dtype)
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.by_key = log_decay is not None and log_decay.dim() == 4
-        self.chunk = chunk_length(CHUNK_OF_KEYS if self.by_key else CHUNK, self.batch * self.total, self.sequences)
+        self.chunk = chunk_length(self.longest, self.batch * self.total, self.sequences)
         self.prepare(cu_seqlens)
+
+    # -- what a kind of decay defines --
+
+    def add(self, block: Block) -> Added:
+        """What a block adds to the states."""
+        raise NotImplementedError
+
+    def pairs(self, block: Block, q: Tensor, added: Added) -> tuple[Tensor, Tensor]:
+        """A of the module's formulas, ``(M, m, C, C)``, and q as it reads the states, ``(M, C, K)``."""
+        raise NotImplementedError
+
+    def read(self, block: Block, added: Added, reading: Tensor) -> Tensor:
+        """What is read of the states that enter the chunks, ``(M, C, m V)``."""
+        raise NotImplementedError
+
+    def receive(self, block: Block, added: Added, reading: Tensor, arriving: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the outputs as the states receive it, ``(M, C, m V)``, and theirs, ``(M, K, m V)``."""
+        raise NotImplementedError
+
+    def grade(
+        self,
+        block: Block,
+        added: Added,
+        q: Tensor,
+        pairs: Tensor,
+        reading: Tensor,
+        arriving: Tensor,
+        received: Tensor,
+        after: Tensor,
+        to_passing: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The gradients in the tiles of q, k, v and the decay; may overwrite what it is given.
+
+        Args:
+            block: Which tiles.
+            added: What they add to the states, with the states that enter the chunks.
+            q: ``(M, C, K)``.
+            pairs: Of :meth:`pairs`.
+            reading: Of :meth:`pairs`.
+            arriving: The gradient of the outputs, ``(M, C, m V)``.
+            received: Of :meth:`receive`.
+            after: The gradient of the states behind the chunks, ``(M, K, m V)``.
+            to_passing: That of the logarithm of ``added.passing``, of its shape, or None.
+
+        Returns:
+            ``(M, C, K)``, ``(M, C, K)``, ``(M, C, m V)``, and ``(M, C, m)`` or ``(M, C, K)`` or None.
+        """
+        raise NotImplementedError
 
     # -- what a compiled solver replaces --
 
@@ -232,28 +311,33 @@ class Solver:
         """Finds the chunks and the blocks."""
         self.chunks = self.cut(cu_seqlens)
         rows, number = self.chunks.sequence.shape
-        pairs = self.chunk * self.chunk * (self.size if self.by_key else 1)
+        pairs = self.chunk * self.chunk * (1 if self.joint else self.size)
         largest = max(pairs, self.chunk * max(self.size, self.width), self.size * self.width)
         self.divide(number, max(1, BLOCK // (largest * rows)))
         self.carry_rows, self.chunk_sequences = rows, self.chunks.sequence
 
     def load(self, x: Tensor, block: Block, factor: float = 1.0) -> Tensor:
-        """The tiles of ``x (B, T, G or H, n)`` times a factor, ``(M, C, n)``; zero where there is no token."""
-        members = self.members(x, block)
+        """Tiles of a tensor ``(B, T, H or G, n)`` times a factor; zero where there is no token.
+
+        Of the heads' own ``(M, C, m n)``; of the groups' ``(M, C, n)``.
+        """
+        members, together = self.members(x, block)
         tokens, valid = (at[:, block.chunks] for at in (self.chunks.tokens, self.chunks.valid))
         found = x.flatten(0, 1)[:, members][tokens].to(self.dtype) * factor
-        found = torch.where(valid[..., None, None], found, 0).transpose(2, 3)  # (R, m, members, C, n)
-        shared = block.n_heads // found.shape[2]
+        found = torch.where(valid[..., None, None], found, 0)
+        found = found.unflatten(3, (-1, together)).flatten(4).transpose(2, 3)  # (R, n, tiles or groups, C, width)
+        shared = block.n_groups // found.shape[2]
         return found[:, :, :, None].expand(-1, -1, -1, shared, -1, -1).reshape(-1, *found.shape[3:])
 
     def store(self, tiles: Tensor, block: Block, target: Tensor, factor: float = 1.0) -> None:
-        """Adds tiles ``(M, C, n)`` times a factor to ``target (B T + spare, G or H, n)``, heads to their group."""
-        members = self.members(target, block)
+        """Adds tiles as :meth:`load` makes them, times a factor, to ``target (B T + spare, H or G, n)``."""
+        members, together = self.members(target, block)
         rows, chunk = self.carry_rows, self.chunk
-        summed = tiles.view(rows, block.n_chunks, members.stop - members.start, -1, chunk, tiles.shape[2]).sum(3)
+        groups = (members.stop - members.start) // together
+        summed = tiles.view(rows, block.n_chunks, groups, -1, chunk, tiles.shape[2]).sum(3)
         tokens, valid = (at[:, block.chunks].flatten() for at in (self.chunks.tokens, self.chunks.valid))
         tokens = torch.where(valid, tokens, target.shape[0] - 1)
-        added = factor * summed.transpose(2, 3).flatten(0, 2)
+        added = factor * summed.transpose(2, 3).unflatten(4, (together, -1)).flatten(3, 4).flatten(0, 2)
         part = target[:, members]
         part.index_copy_(0, tokens, part[tokens] + added)
 
@@ -270,22 +354,22 @@ class Solver:
 
         Args:
             block: Which tiles.
-            states: ``(M, K, V)``.
-            passing: ``(M, K)``, or None.
-            carry: The state between blocks, ``(R, heads of the block, K, V)``, updated.
+            states: ``(M, K, m V)``.
+            passing: ``(M, K)`` or ``(M, m)``, or None.
+            carry: The state between blocks, ``(R, groups of the block, K, m V)``, updated.
             final: Takes the states after the sequences, ``(S + spare, H, K, V)``, or None.
         """
-        each, factor = self.by_chunk(block, states), None if passing is None else self.by_chunk(block, passing)
+        each, factor = self.by_chunk(block, states), None if passing is None else self.factor(block, passing)
         for index in range(block.n_chunks):
             sequence, first, last = self.places(block, index)
-            given = self.given(block, sequence)
-            state = torch.where(first, 0 if given is None else given, carry)
-            after = each[:, index] + (state if factor is None else factor[:, index, :, :, None] * state)
+            initial = self.initial_state
+            given = torch.zeros_like(carry) if initial is None else self.given(block, initial, sequence)
+            state = torch.where(first, given, carry)
+            after = each[:, index] + (state if factor is None else factor[:, index] * state)
             each[:, index] = state
             carry.copy_(after)
             if final is not None:
-                slots = torch.where(last[:, 0, 0, 0], sequence, self.sequences)
-                final[:, block.heads].index_copy_(0, slots, after)
+                self.place_states(block, final, torch.where(last[:, 0, 0, 0], sequence, self.sequences), after)
 
     def scan_back(
         self,
@@ -301,83 +385,28 @@ class Solver:
 
         Args:
             block: Which tiles.
-            received: ``(M, K, V)``.
-            states: Those that enter the chunks, ``(M, K, V)``.
-            passing: ``(M, K)``, or None.
-            carry: The gradient between blocks, ``(R, heads of the block, K, V)``, updated.
+            received: ``(M, K, m V)``.
+            states: Those that enter the chunks, ``(M, K, m V)``.
+            passing: ``(M, K)`` or ``(M, m)``, or None.
+            carry: The gradient between blocks, ``(R, groups of the block, K, m V)``, updated.
             grad_final: ``(S, H, K, V)``.
             grad_initial: Takes the gradients before the sequences, ``(S + spare, H, K, V)``.
 
         Returns:
-            The gradient of the logarithm of ``passing``, ``(M, K)``, or None.
+            The gradient of the logarithm of ``passing``, of its shape, or None.
         """
-        each, factor = self.by_chunk(block, received), None if passing is None else self.by_chunk(block, passing)
+        each, factor = self.by_chunk(block, received), None if passing is None else self.factor(block, passing)
         for index in reversed(range(block.n_chunks)):
             sequence, first, last = self.places(block, index)
-            arriving = grad_final[:, block.heads][sequence.clamp(max=self.sequences - 1)]
-            gradient = torch.where(last, arriving, carry)
-            before = each[:, index] + (gradient if factor is None else factor[:, index, :, :, None] * gradient)
+            gradient = torch.where(last, self.given(block, grad_final, sequence), carry)
+            before = each[:, index] + (gradient if factor is None else factor[:, index] * gradient)
             each[:, index] = gradient
             carry.copy_(before)
-            slots = torch.where(first[:, 0, 0, 0], sequence, self.sequences)
-            grad_initial[:, block.heads].index_copy_(0, slots, before)
-        return None if passing is None else passing * (states * received).sum(-1)
-
-    def fade(self, block: Block, k: Tensor) -> Faded:
-        """What a block adds to the states."""
-        if self.log_decay is None:
-            return Faded(k, None, None)
-        decays = _between(self.logarithms(block, self.log_decay))
-        if self.by_key:
-            return Faded(k * decays.until.mT, decays.since[..., -1], decays)
-        return Faded(k * decays.until[..., None], decays.since[:, -1:].expand(-1, self.size), decays)
-
-    def pairs(self, block: Block, q: Tensor, k: Tensor, faded: Faded) -> tuple[Tensor, Tensor]:
-        """A of the module's formulas, ``(M, C, C)``, and Q, ``(M, C, K)``."""
-        decays: _Between | None = faded.decays
-        if decays is None:
-            return torch.bmm(q, k.mT).tril_(), q
-        if self.by_key:
-            return (q.mT[..., None] * k.mT[:, :, None] * decays.within).sum(1), q * decays.since.mT
-        return torch.bmm(q, k.mT).mul_(decays.within), q * decays.since[..., None]
-
-    def grade_pairs(
-        self,
-        block: Block,
-        q: Tensor,
-        k: Tensor,
-        faded: Faded,
-        pairs: Tensor,
-        reading: Tensor,
-        grad_pairs: Tensor,
-        grad_reading: Tensor,
-        grad_writing: Tensor,
-        grad_passing: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """From the gradients in A, Q, K and p(1..C) those in q, k and the decay; may overwrite what it is given.
-
-        Returns:
-            ``(M, C, K)``, ``(M, C, K)``, and ``(M, C)`` or ``(M, C, K)`` or None.
-        """
-        if grad_passing is None:
-            grad_pairs = grad_pairs.tril_()
-            return grad_reading.baddbmm_(grad_pairs, k), grad_writing.baddbmm_(grad_pairs.mT, q), None
-        decay: _Between = faded.decays
-        reads, writes = reading * grad_reading, faded.writing * grad_writing
-        if self.by_key:
-            inner = grad_pairs[:, None] * decay.within  # (M, K, C, C)
-            grad_q = (inner @ k.mT[..., None])[..., 0].mT + decay.since.mT * grad_reading
-            grad_k = (inner.mT @ q.mT[..., None])[..., 0].mT + decay.until.mT * grad_writing
-            through = _straddling(inner * q.mT[..., None] * k.mT[:, :, None]).mT
-        else:
-            inner = grad_pairs * decay.within
-            grad_q = (decay.since[..., None] * grad_reading).baddbmm_(inner, k)
-            grad_k = (decay.until[..., None] * grad_writing).baddbmm_(inner.mT, q)
-            through = _straddling(pairs * grad_pairs)
-            reads, writes, grad_passing = reads.sum(-1), writes.sum(-1), grad_passing.sum(-1, keepdim=True)
-        through += reads.flip(1).cumsum(1).flip(1)
-        through[:, 1:] += writes[:, :-1].cumsum(1)
-        return grad_q, grad_k, through + (grad_passing[:, None] if self.by_key else grad_passing)
+            self.place_states(block, grad_initial, torch.where(first[:, 0, 0, 0], sequence, self.sequences), before)
+        if passing is None:
+            return None
+        product = states * received
+        return passing * (product.unflatten(2, (block.members, -1)).sum((1, 3)) if self.joint else product.sum(-1))
 
     # -- what the solvers share --
 
@@ -408,8 +437,13 @@ class Solver:
         return Chunks(tokens, valid, sequence, present & (index == 0), present & (place[..., -1] >= lengths - 1))
 
     def divide(self, number: int, most: int) -> None:
-        """Divides H heads of ``number`` chunks into blocks of at most so many tiles a row, whole groups or parts."""
+        """Divides H heads of ``number`` chunks into blocks of at most so many heads of chunks a row.
+
+        A block has whole groups, where one fits, so that their heads share its products.
+        """
         shared, at_once = self.heads // self.groups, max(1, most // number)
+        if self.joint:
+            at_once = max(at_once, min(shared, most))
         if at_once >= shared:
             step = at_once // shared * shared
             ranges = [(first, min(first + step, self.heads)) for first in range(0, self.heads, step)]
@@ -421,21 +455,30 @@ class Solver:
             ]
         span = max(1, most // min(at_once, self.heads))
         spans = [slice(first, min(first + span, number)) for first in range(0, number, span)]
-        self.blocks = [[Block(slice(*heads), chunks) for chunks in spans] for heads in ranges]
+        self.blocks = []
+        for first, end in ranges:
+            members = min(shared, end - first) if self.joint else 1
+            self.blocks.append([Block(slice(first, end), members, chunks) for chunks in spans])
 
-    def members(self, x: Tensor, block: Block) -> slice:
-        """The heads of a block in a tensor's last dimension but one, or their groups."""
+    def members(self, x: Tensor, block: Block) -> tuple[slice, int]:
+        """Of a tensor's last dimension but one the heads of a block, or their groups, and how many make a tile."""
         shared = self.heads // x.shape[-2]
-        return slice(block.heads.start // shared, (block.heads.stop - 1) // shared + 1)
+        taken = slice(block.heads.start // shared, (block.heads.stop - 1) // shared + 1)
+        return taken, block.members if shared == 1 else 1
 
     def logarithms(self, block: Block, log_decay: Tensor) -> Tensor:
-        """The decays' logarithms, the tokens last: ``(M, C)`` or ``(M, K, C)``; zero where there is no token."""
+        """The decays' logarithms, the tokens last: ``(M, m, C)`` or ``(M, K, C)``; zero where there is no token."""
         found = log_decay.expand(self.batch, self.total, -1) if log_decay.dim() == 1 else log_decay
-        return self.load(found, block).mT if self.by_key else self.load(found[..., None], block)[..., 0]
+        return self.load(found if log_decay.dim() == 4 else found[..., None], block).mT
 
     def by_chunk(self, block: Block, tiles: Tensor) -> Tensor:
-        """Tiles as ``(R, chunks, heads, ...)``."""
-        return tiles.view(-1, block.n_chunks, block.n_heads, *tiles.shape[1:])
+        """Tiles as ``(R, chunks, groups, ...)``."""
+        return tiles.view(-1, block.n_chunks, block.n_groups, *tiles.shape[1:])
+
+    def factor(self, block: Block, passing: Tensor) -> Tensor:
+        """What multiplies the states, ``(R, chunks, groups, K or 1, m V or 1)``."""
+        found = self.by_chunk(block, passing)
+        return found.repeat_interleave(self.width, -1)[..., None, :] if self.joint else found[..., None]
 
     def places(self, block: Block, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of one chunk of every row the sequence, and whether it is its first or its last, for states."""
@@ -443,11 +486,15 @@ class Solver:
         first, last = (flag[:, at, None, None, None] for flag in (self.chunks.first, self.chunks.last))
         return self.chunks.sequence[:, at], first, last
 
-    def given(self, block: Block, sequence: Tensor) -> Tensor | None:
-        """The initial states of some sequences, or None for zeros."""
-        if self.initial_state is None:
-            return None
-        return self.initial_state[:, block.heads][sequence.clamp(max=self.sequences - 1)]
+    def given(self, block: Block, rows: Tensor, sequence: Tensor) -> Tensor:
+        """Of states ``(S, H, K, V)`` those of some sequences as a block has them, ``(R, groups, K, m V)``."""
+        found = rows[:, block.heads][sequence.clamp(max=rows.shape[0] - 1)]
+        return found.unflatten(1, (-1, block.members)).transpose(2, 3).flatten(3)
+
+    def place_states(self, block: Block, rows: Tensor, sequence: Tensor, states: Tensor) -> None:
+        """:meth:`given` the other way round: writes a block's states to the rows of their sequences."""
+        found = states.unflatten(3, (block.members, -1)).transpose(2, 3).flatten(1, 2)
+        rows[:, block.heads].index_copy_(0, sequence, found)
 
     def states(self, given: Tensor | None) -> Tensor:
         """Rows of states for all sequences, which begin as those given."""
@@ -457,12 +504,13 @@ class Solver:
 
     def carries(self, block: Block) -> Tensor:
         """A state for every row and head of a block, zero."""
-        return self.q.new_zeros((self.carry_rows, block.n_heads, self.size, self.width), dtype=self.dtype)
+        shape = self.carry_rows, block.n_groups, self.size, block.members * self.width
+        return self.q.new_zeros(shape, dtype=self.dtype)
 
     def spread(self, rows: Tensor, block: Block) -> Tensor:
-        """Of states of sequences those of the tiles, ``(M, K, V)``."""
+        """Of states of sequences those of the tiles, ``(M, K, m V)``."""
         sequence = self.chunk_sequences[:, block.chunks].flatten()
-        return rows[:, block.heads].index_select(0, sequence).flatten(0, 1)
+        return self.given(block, rows, sequence).flatten(0, 1)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """o and the final states."""
@@ -470,15 +518,17 @@ class Solver:
         for blocks in self.blocks:
             carry = self.carries(blocks[0])
             for block in blocks:
-                k, v = self.load(self.k, block), self.load(self.v, block)
                 if not self.causal:
+                    k, v = self.load(self.k, block), self.load(self.v, block)
                     self.scan(block, torch.bmm(k.mT, v), None, carry, final)
                     continue
-                faded = self.fade(block, k)
-                states = torch.bmm(faded.writing.mT, v)
-                self.scan(block, states, faded.passing, carry, final)
-                pairs, reading = self.pairs(block, self.load(self.q, block, self.scale), k, faded)
-                self.store(torch.bmm(reading, states).baddbmm_(pairs, v), block, o)
+                added = self.add(block)
+                self.scan(block, added.states, added.passing, carry, final)
+                pairs, reading = self.pairs(block, self.load(self.q, block, self.scale), added)
+                found = self.read(block, added, reading)
+                for pairs_of, of_head, v in each_head(pairs, found, added.v):
+                    of_head.baddbmm_(pairs_of, v)
+                self.store(found, block, o)
         if not self.causal:
             for block in itertools.chain(*self.blocks):
                 q = self.load(self.q, block, self.scale)
@@ -503,7 +553,7 @@ class Solver:
     ) -> Tensor:
         like, each, to_decay = self.log_decay, None, None
         if like is not None:
-            shape = (self.batch, self.total, self.heads, self.size if self.by_key else 1)
+            shape = (self.batch, self.total, self.heads, 1 if self.joint else self.size)
             # a token's share of a head's is not rounded before they are summed
             each = like.new_empty(1, dtype=self.dtype if like.dim() == 1 else like.dtype).expand(shape)
             to_decay = self.output(each)
@@ -511,26 +561,27 @@ class Solver:
             carry, entering = self.carries(blocks[0]), []
             for block in blocks[:-1]:
                 entering.append(carry.clone())
-                faded = self.fade(block, self.load(self.k, block))
-                self.scan(block, torch.bmm(faded.writing.mT, self.load(self.v, block)), faded.passing, carry, None)
+                added = self.add(block)
+                self.scan(block, added.states, added.passing, carry, None)
             entering.append(carry)
             gradient = self.carries(blocks[0])
             for block, carry in zip(reversed(blocks), reversed(entering), strict=True):
-                k, v, arriving = (self.load(x, block) for x in (self.k, self.v, grad_o))
-                faded = self.fade(block, k)
-                states = torch.bmm(faded.writing.mT, v)
-                self.scan(block, states, faded.passing, carry, None)
+                added, arriving = self.add(block), self.load(grad_o, block)
+                self.scan(block, added.states, added.passing, carry, None)
                 q = self.load(self.q, block, self.scale)
-                pairs, reading = self.pairs(block, q, k, faded)
-                after = torch.bmm(reading.mT, arriving)
-                to_passing = self.scan_back(block, after, states, faded.passing, gradient, grad_final, grad_initial)
-                self.store(torch.bmm(faded.writing, after).baddbmm_(pairs.mT, arriving), block, to_v)
-                inner = torch.bmm(arriving, v.mT), torch.bmm(arriving, states.mT), torch.bmm(v, after.mT)
-                grad_q, grad_k, through = self.grade_pairs(block, q, k, faded, pairs, reading, *inner, to_passing)
+                pairs, reading = self.pairs(block, q, added)
+                received, after = self.receive(block, added, reading, arriving)
+                to_passing = self.scan_back(
+                    block, after, added.states, added.passing, gradient, grad_final, grad_initial
+                )
+                grad_q, grad_k, grad_v, through = self.grade(
+                    block, added, q, pairs, reading, arriving, received, after, to_passing
+                )
                 self.store(grad_q, block, to_q, self.scale)
                 self.store(grad_k, block, to_k)
+                self.store(grad_v, block, to_v)
                 if through is not None and to_decay is not None:
-                    self.store(through.view(*through.shape[:2], -1), block, to_decay)
+                    self.store(through, block, to_decay)
         if like is None or each is None or to_decay is None:
             return self.q.new_empty(0)
         gradient = self.finish(to_decay, each)
@@ -556,6 +607,194 @@ class Solver:
             self.store(torch.bmm(arriving, self.spread(final, block).mT), block, to_q, self.scale)
 
 
+def each_head(pairs: Tensor, *tiles: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of what belongs to single heads, in batches: M tiles of a head, or the m heads of a tile.
+
+    Args:
+        pairs: ``(M, m, C, C)``; m is 1 where they are the same for all heads.
+        tiles: ``(M, C, m V)``.
+    """
+    number, members = pairs.shape[:2]
+    if members <= number:
+        for head in range(members):
+            yield pairs[:, head], *(x.unflatten(2, (members, -1))[:, :, head] for x in tiles)
+    else:
+        for index in range(number):
+            yield pairs[index], *(x[index].unflatten(1, (members, -1)).transpose(0, 1) for x in tiles)
+
+
+class ByValue(Solver):
+    """No decay, or one a head: the keys share it, and it goes over to the values."""
+
+    # -- what a compiled solver replaces --
+
+    def decays(self, block: Block) -> Any:
+        """What the methods below take of the decays, and p(1..C), ``(M, m)``; None and None without a decay."""
+        if self.log_decay is None:
+            return None, None
+        decays = _between(self.logarithms(block, self.log_decay))
+        return decays, decays.since[..., -1]
+
+    def until(self, block: Block, values: Tensor, decays: Any) -> Tensor:
+        """``p(j+1..C)`` times values ``(M, C, m V)``."""
+        return _by_head(values, decays.until)
+
+    def since(self, block: Block, values: Tensor, decays: Any) -> Tensor:
+        """``p(1..i)`` times values ``(M, C, m V)``."""
+        return _by_head(values, decays.since)
+
+    def mask(self, block: Block, pairs: Tensor, decays: Any) -> Tensor:
+        """``p(j+1..i)`` times pairs ``(M, C, C)`` for j <= i, else 0, for every head, ``(M, m, C, C)``."""
+        return pairs[:, None] * decays.within
+
+    def unmask(self, block: Block, pairs: Tensor, grad_pairs: Tensor, decays: Any) -> tuple[Tensor, Tensor]:
+        """From the gradient ``(M, m, C, C)`` of what :meth:`mask` returned.
+
+        Returns:
+            That of its argument, ``(M, C, C)``, and the sums over the pairs around every token, ``(M, C, m)``.
+        """
+        return (grad_pairs * decays.within).sum(1), _straddling(pairs * grad_pairs).mT
+
+    def grade_decays(
+        self, block: Block, through: Tensor, reads: tuple[Tensor, Tensor], writes: tuple[Tensor, Tensor], whole: Tensor
+    ) -> Tensor:
+        """The gradient of the decays, ``(M, C, m)``, in place of the share of the pairs in it.
+
+        Args:
+            block: Which tiles.
+            through: What :meth:`unmask` returned.
+            reads: What is read of the states and its gradient, ``(M, C, m V)``.
+            writes: The values that go to the states and their gradient, ``(M, C, m V)``.
+            whole: The gradient of the logarithm of p(1..C), ``(M, m)``.
+        """
+        reading, writing = ((a * b).unflatten(2, (block.members, -1)).sum(-1) for a, b in (reads, writes))
+        through += reading.flip(1).cumsum(1).flip(1)
+        through[:, 1:] += writing[:, :-1].cumsum(1)
+        return through.add_(whole[:, None])
+
+    # -- the formulas --
+
+    def add(self, block: Block) -> Added:
+        k, v = self.load(self.k, block), self.load(self.v, block)
+        decays, passing = self.decays(block)
+        writing = v if passing is None else self.until(block, v, decays)
+        return Added(k, v, decays, writing, passing, torch.bmm(k.mT, writing))
+
+    def pairs(self, block: Block, q: Tensor, added: Added) -> tuple[Tensor, Tensor]:
+        pairs = torch.bmm(q, added.k.mT)
+        if added.passing is None:
+            return pairs.tril_()[:, None], q
+        return self.mask(block, pairs, added.decays), q
+
+    def read(self, block: Block, added: Added, reading: Tensor) -> Tensor:
+        found = torch.bmm(reading, added.states)
+        return found if added.passing is None else self.since(block, found, added.decays)
+
+    def receive(self, block: Block, added: Added, reading: Tensor, arriving: Tensor) -> tuple[Tensor, Tensor]:
+        received = arriving if added.passing is None else self.since(block, arriving, added.decays)
+        return received, torch.bmm(reading.mT, received)
+
+    def grade(
+        self,
+        block: Block,
+        added: Added,
+        q: Tensor,
+        pairs: Tensor,
+        reading: Tensor,
+        arriving: Tensor,
+        received: Tensor,
+        after: Tensor,
+        to_passing: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        grad_v = torch.bmm(added.k, after)
+        grad_q, grad_k = torch.bmm(received, added.states.mT), torch.bmm(added.writing, after.mT)
+        if to_passing is None:
+            inner, through = torch.bmm(arriving, added.v.mT).tril_(), None
+        else:
+            grad_pairs = torch.empty_like(pairs)
+            for gradient, of_head, v in each_head(grad_pairs, arriving, added.v):
+                torch.bmm(of_head, v.mT, out=gradient)
+            inner, through = self.unmask(block, pairs, grad_pairs, added.decays)
+            reads, writes = (torch.bmm(reading, added.states), received), (added.writing, grad_v)
+            through = self.grade_decays(block, through, reads, writes, to_passing)
+            grad_v = self.until(block, grad_v, added.decays)
+        for pairs_of, gradient, of_head in each_head(pairs, grad_v, arriving):
+            gradient.baddbmm_(pairs_of.mT, of_head)
+        return grad_q.baddbmm_(inner, added.k), grad_k.baddbmm_(inner.mT, q), grad_v, through
+
+
+class ByKey(Solver):
+    """A decay for every key."""
+
+    longest, joint = CHUNK_OF_KEYS, False
+
+    # -- what a compiled solver replaces --
+
+    def fade(self, block: Block, k: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """What the methods below take of the decays, ``p(j+1..C) k_j`` and p(1..C), ``(M, K)``."""
+        decays = _between(self.logarithms(block, self.log_decay))
+        return decays, k * decays.until.mT, decays.since[..., -1]
+
+    def grade_pairs(
+        self,
+        added: Added,
+        q: Tensor,
+        reading: Tensor,
+        grad_pairs: Tensor,
+        grad_reading: Tensor,
+        grad_writing: Tensor,
+        grad_passing: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From the gradients in A ``(M, C, C)``, in what reads and writes the states, and in p(1..C).
+
+        Returns:
+            Those in q, k and the decay, ``(M, C, K)``.
+        """
+        decay: _Between = added.decays
+        inner = grad_pairs[:, None] * decay.within  # (M, K, C, C)
+        grad_q = (inner @ added.k.mT[..., None])[..., 0].mT + decay.since.mT * grad_reading
+        grad_k = (inner.mT @ q.mT[..., None])[..., 0].mT + decay.until.mT * grad_writing
+        through = _straddling(inner * q.mT[..., None] * added.k.mT[:, :, None]).mT
+        through += (reading * grad_reading).flip(1).cumsum(1).flip(1)
+        through[:, 1:] += (added.writing * grad_writing)[:, :-1].cumsum(1)
+        return grad_q, grad_k, through + grad_passing[:, None]
+
+    def pairs(self, block: Block, q: Tensor, added: Added) -> tuple[Tensor, Tensor]:
+        decay: _Between = added.decays
+        pairs = (q.mT[..., None] * added.k.mT[:, :, None] * decay.within).sum(1)
+        return pairs[:, None], q * decay.since.mT
+
+    # -- the formulas --
+
+    def add(self, block: Block) -> Added:
+        k, v = self.load(self.k, block), self.load(self.v, block)
+        decays, writing, passing = self.fade(block, k)
+        return Added(k, v, decays, writing, passing, torch.bmm(writing.mT, v))
+
+    def read(self, block: Block, added: Added, reading: Tensor) -> Tensor:
+        return torch.bmm(reading, added.states)
+
+    def receive(self, block: Block, added: Added, reading: Tensor, arriving: Tensor) -> tuple[Tensor, Tensor]:
+        return arriving, torch.bmm(reading.mT, arriving)
+
+    def grade(
+        self,
+        block: Block,
+        added: Added,
+        q: Tensor,
+        pairs: Tensor,
+        reading: Tensor,
+        arriving: Tensor,
+        received: Tensor,
+        after: Tensor,
+        to_passing: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        grad_v = torch.bmm(added.writing, after).baddbmm_(pairs[:, 0].mT, arriving)
+        inner = torch.bmm(arriving, added.v.mT), torch.bmm(arriving, added.states.mT), torch.bmm(added.v, after.mT)
+        grad_q, grad_k, through = self.grade_pairs(added, q, reading, *inner, to_passing)
+        return grad_q, grad_k, grad_v, through
+
+
 @dataclass(frozen=True)
 class _Between:
     """Products of decays: p(j+1..i) for j <= i and 0 above ``(..., C, C)``, p(1..i) and p(j+1..C) ``(..., C)``."""
@@ -571,6 +810,11 @@ def _between(logarithms: Tensor) -> _Between:
     sums = torch.where(below, logarithms[..., None], 0).cumsum(-2)
     within = sums.exp().tril()
     return _Between(within, logarithms.cumsum(-1).exp(), within[..., -1, :])
+
+
+def _by_head(values: Tensor, factors: Tensor) -> Tensor:
+    """Values ``(M, C, m V)`` times factors ``(M, m, C)``."""
+    return (values.unflatten(2, (factors.shape[1], -1)) * factors.mT[..., None]).flatten(2)
 
 
 def _straddling(pairs: Tensor) -> Tensor:

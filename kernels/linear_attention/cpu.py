@@ -14,14 +14,14 @@ from numba import prange
 from torch import Tensor
 
 from seqzoo.kernels.checks import accumulator
-from seqzoo.kernels.linear_attention.chunked import Block, Faded, Solver, grade, solve
+from seqzoo.kernels.linear_attention.chunked import Added, Block, ByKey, ByValue, Solver, grade, solve
 from seqzoo.kernels.linear_scan.cpu import columns
 from seqzoo.kernels.numba_math import cast, exp, reassociable_add
 from seqzoo.kernels.numba_memory import part, read, write
 from seqzoo.kernels.numba_runtime import array, function, kernel, plan, threads_for
 
 # elements of the tiles that a thread holds at a time
-TILES = 1 << 19
+TILES = 1 << 20
 # columns of the table of chunks
 ROW, LENGTH, SEQUENCE, FIRST, LAST = range(5)
 
@@ -36,6 +36,14 @@ def _dot(a, b):
     total = cast(0, read(a, 0, 0))
     for j in range(a.size):
         total = reassociable_add(total, read(a, j, 0) * read(b, j, 1))
+    return total
+
+
+@function
+def _sum(a):
+    total = cast(0, read(a, 0, 0))
+    for j in range(a.size):
+        total = reassociable_add(total, read(a, j, 0))
     return total
 
 
@@ -67,29 +75,30 @@ def _fill(value, target):
 
 
 @kernel
-def _load(x, members, shared, factor, head, heads, chunks, size, width, tiles, tasks):
+def _load(x, all_heads, shared, factor, head, groups, members, chunks, size, width, tiles, tasks):
     for index in prange(tasks):
-        for tile in _share(chunks.shape[0] * heads, index, tasks):
-            chunk, member = chunks[tile // heads], (head + tile % heads) // shared
+        for tile in _share(chunks.shape[0] * groups, index, tasks):
+            chunk, first = chunks[tile // groups], (head + tile % groups * members) // shared
+            extent = members * width if shared == 1 else width
             for i in range(size):
-                target = columns(tiles, width, tile * size + i, 0, width)
+                target = columns(tiles, extent, tile * size + i, 0, extent)
                 if i < chunk[LENGTH]:
-                    source = columns(x, members * width, chunk[ROW] + i, member * width, width)
-                    for j in range(width):
+                    source = columns(x, all_heads * width, chunk[ROW] + i, first * width, extent)
+                    for j in range(extent):
                         write(target, j, factor * cast(read(source, j, 0), factor), 1)
                 else:
                     _fill(cast(0, factor), target)
 
 
 @kernel
-def _load_decays(x, members, one, head, heads, chunks, size, width, tiles, tasks):
+def _load_decays(x, all_heads, one, head, groups, chunks, size, width, tiles, tasks):
     for index in prange(tasks):
-        for tile in _share(chunks.shape[0] * heads, index, tasks):
-            chunk, member = chunks[tile // heads], head + tile % heads
+        for tile in _share(chunks.shape[0] * groups, index, tasks):
+            chunk, first = chunks[tile // groups], head + tile % groups
             for i in range(size):
                 target = columns(tiles, width, tile * size + i, 0, width)
                 if i < chunk[LENGTH]:
-                    source = columns(x, members * width, chunk[ROW] + i, member * width, width)
+                    source = columns(x, all_heads * width, chunk[ROW] + i, first * width, width)
                     for j in range(width):
                         write(target, j, exp(cast(read(source, j, 0), one)), 1)
                 else:
@@ -97,15 +106,16 @@ def _load_decays(x, members, one, head, heads, chunks, size, width, tiles, tasks
 
 
 @kernel
-def _store(tiles, factor, head, heads, chunks, size, width, x, members, shared, tasks):
+def _store(tiles, factor, head, groups, members, chunks, size, width, x, all_heads, shared, tasks):
     for index in prange(tasks):
         for number in _share(chunks.shape[0], index, tasks):
             chunk = chunks[number]
-            for tile in range(number * heads, (number + 1) * heads):
-                member = (head + tile - number * heads) // shared
+            extent = members * width if shared == 1 else width
+            for tile in range(number * groups, (number + 1) * groups):
+                first = (head + (tile - number * groups) * members) // shared
                 for i in range(chunk[LENGTH]):
-                    source = columns(tiles, width, tile * size + i, 0, width)
-                    target = columns(x, members * width, chunk[ROW] + i, member * width, width)
+                    source = columns(tiles, extent, tile * size + i, 0, extent)
+                    target = columns(x, all_heads * width, chunk[ROW] + i, first * width, extent)
                     if shared == 1:
                         _scale(factor, source, target)
                     else:
@@ -136,41 +146,63 @@ def _retreat(factor, states, received, carry):
 
 
 @kernel
-def _scan(states, passing, initial, given, chunks, head, heads, all_heads, size, width, carry, final, tasks):
+def _scan(
+    states, passing, by_key, initial, given, chunks, head, groups, members, heads, size, width, carry, final, tasks
+):
     for index in prange(tasks):
         for number in range(chunks.shape[0]):
             chunk = chunks[number]
-            for local in range(heads):
-                tile, row = number * heads + local, chunk[SEQUENCE] * all_heads + head + local
+            for local in range(groups * members):
+                tile, member = number * groups + local // members, local % members
+                row, extent = chunk[SEQUENCE] * heads + head + local, members * width
                 for key in _share(size, index, tasks):
                     running = columns(carry, width, local * size + key, 0, width)
                     if chunk[FIRST]:
                         _copy(columns(initial, width, (row * size + key) * given, 0, width), running)
-                    factor = passing[tile * size + key] if passing.size > 0 else cast(1, passing[0])
-                    _advance(factor, columns(states, width, tile * size + key, 0, width), running)
+                    factor = cast(1, carry[0])
+                    if passing.size > 0:
+                        factor = passing[tile * size + key if by_key else tile * members + member]
+                    _advance(factor, columns(states, extent, tile * size + key, member * width, width), running)
                     if chunk[LAST] and final.size > 0:
                         _copy(running, columns(final, width, row * size + key, 0, width))
 
 
 @kernel
 def _scan_back(
-    received, states, passing, chunks, head, heads, all_heads, size, width, carry, grad_final, grad_initial, grad, tasks
+    received,
+    states,
+    passing,
+    by_key,
+    chunks,
+    head,
+    groups,
+    members,
+    heads,
+    size,
+    width,
+    carry,
+    grad_final,
+    grad_initial,
+    grad,
+    tasks,
 ):
     for index in prange(tasks):
         for number in range(chunks.shape[0] - 1, -1, -1):
             chunk = chunks[number]
-            for local in range(heads):
-                tile, row = number * heads + local, chunk[SEQUENCE] * all_heads + head + local
+            for local in range(groups * members):
+                tile, member = number * groups + local // members, local % members
+                row, extent = chunk[SEQUENCE] * heads + head + local, members * width
                 for key in _share(size, index, tasks):
                     running = columns(carry, width, local * size + key, 0, width)
                     if chunk[LAST]:
                         _copy(columns(grad_final, width, row * size + key, 0, width), running)
-                    at, of_state = tile * size + key, columns(states, width, tile * size + key, 0, width)
-                    from_reads = columns(received, width, at, 0, width)
+                    of_state = columns(states, extent, tile * size + key, member * width, width)
+                    from_reads = columns(received, extent, tile * size + key, member * width, width)
                     if passing.size > 0:
-                        grad[at] = _retreat(passing[at], of_state, from_reads, running)
+                        factor = passing[tile * size + key if by_key else tile * members + member]
+                        grad[(tile * members + member) * size + key] = _retreat(factor, of_state, from_reads, running)
                     else:
-                        _advance(cast(1, passing[0]), from_reads, running)
+                        _advance(cast(1, carry[0]), from_reads, running)
                     if chunk[FIRST]:
                         _copy(running, columns(grad_initial, width, row * size + key, 0, width))
 
@@ -185,158 +217,140 @@ def _decay(decays, stride, chunk, i, head):
 
 
 @function
-def _fade_tile(decays, stride, head, chunk, k, size, width, writing, passing):
-    product = 1.0
-    for i in range(size - 1, -1, -1):
-        _scale(cast(product, passing[0]), columns(k, width, i, 0, width), columns(writing, width, i, 0, width))
-        product *= _decay(decays, stride, chunk, i, head)
-    _fill(cast(product, passing[0]), passing)
+def _until_tile(decays, stride, head, chunk, values, size, members, width, target):
+    for member in range(members):
+        product, at, extent = 1.0, member * width, members * width
+        for i in range(size - 1, -1, -1):
+            source = columns(values, extent, i, at, width)
+            _scale(cast(product, values[0]), source, columns(target, extent, i, at, width))
+            product *= _decay(decays, stride, chunk, i, head + member)
 
 
 @function
-def _read_tile(decays, stride, head, chunk, q, size, width, reading):
-    product = 1.0
-    for i in range(size):
-        product *= _decay(decays, stride, chunk, i, head)
-        _scale(cast(product, q[0]), columns(q, width, i, 0, width), columns(reading, width, i, 0, width))
+def _since_tile(decays, stride, head, chunk, values, size, members, width, target):
+    for member in range(members):
+        product, at, extent = 1.0, member * width, members * width
+        for i in range(size):
+            product *= _decay(decays, stride, chunk, i, head + member)
+            source = columns(values, extent, i, at, width)
+            _scale(cast(product, values[0]), source, columns(target, extent, i, at, width))
 
 
 @function
-def _mask_tile(decays, stride, head, chunk, pairs, size, products):
+def _mask_tile(decays, stride, head, chunk, pairs, size, products, target):
     """Multiplies by the products of the decays between, whose row follows from the one before it."""
     for i in range(size):
-        row = part(pairs, i * size, size)
+        source, row = part(pairs, i * size, size), part(target, i * size, size)
         factor = cast(_decay(decays, stride, chunk, i, head), products[0])
         for j in range(i):
             product = factor * read(products, j, 0)
             write(products, j, product, 0)
-            write(row, j, product * read(row, j, 1), 1)
+            write(row, j, product * read(source, j, 1), 2)
         products[i] = 1
+        row[i] = source[i]
         for j in range(i + 1, size):
-            write(row, j, cast(0, factor), 1)
+            write(row, j, cast(0, factor), 2)
 
 
 @function
-def _unmask_tile(decays, stride, head, chunk, pairs, grad_pairs, size, products, through):
-    """Makes ``grad_pairs`` those of the products of q and k, and sums over the pairs around every token."""
+def _unmask_row(factor, arriving, row, products, inner):
+    for j in range(inner.size):
+        gradient = read(arriving, j, 2)
+        product = factor * read(products, j, 0)
+        write(products, j, product, 0)
+        write(arriving, j, gradient * read(row, j, 1), 2)
+        write(inner, j, read(inner, j, 3) + gradient * product, 3)
+
+
+@function
+def _unmask_tile(decays, stride, head, chunk, pairs, grad_pairs, size, products, inner, through, at, members):
+    """Adds the gradients of the products of q and k, and sums over the pairs around every token."""
     for i in range(size):
-        row, arriving = part(pairs, i * size, size), part(grad_pairs, i * size, size)
+        row, arriving, own = part(pairs, i * size, i), part(grad_pairs, i * size, i), part(inner, i * size, i)
         factor = cast(_decay(decays, stride, chunk, i, head), products[0])
+        _unmask_row(factor, arriving, row, products, own)
         products[i] = 1
-        for j in range(i + 1):
-            gradient = read(arriving, j, 2)
-            product = read(products, j, 0) if j == i else factor * read(products, j, 0)
-            write(products, j, product, 0)
-            write(row, j, gradient * read(row, j, 1), 1)
-            write(arriving, j, gradient * product, 2)
-        for j in range(i + 1, size):
-            write(row, j, cast(0, factor), 1)
-            write(arriving, j, cast(0, factor), 2)
+        inner[i * size + i] += grad_pairs[i * size + i]
     _fill(cast(0, products[0]), products)
     for i in range(size - 1, -1, -1):
-        _add(cast(1, products[0]), part(pairs, i * size, size), products)
-        total = cast(0, products[0])
-        for j in range(i):
-            total = reassociable_add(total, read(products, j, 0))
-        through[i] = total
-
-
-@function
-def _unfade_tile(
-    decays, stride, head, chunk, reading, writing, grad_reading, grad_writing, grad_q, grad_k, size, width, through
-):
-    one, product = cast(1, through[0]), 1.0
-    for i in range(size):
-        product *= _decay(decays, stride, chunk, i, head)
-        arriving = columns(grad_reading, width, i, 0, width)
-        _add(cast(product, one), arriving, columns(grad_q, width, i, 0, width))
-    total = cast(0, one)
-    for i in range(size - 1, -1, -1):
-        total += _dot(columns(reading, width, i, 0, width), columns(grad_reading, width, i, 0, width))
-        through[i] += total
-    total = cast(0, one)
-    for i in range(size):
-        through[i] += total
-        total += _dot(columns(writing, width, i, 0, width), columns(grad_writing, width, i, 0, width))
-    product = 1.0
-    for i in range(size - 1, -1, -1):
-        arriving = columns(grad_writing, width, i, 0, width)
-        _add(cast(product, one), arriving, columns(grad_k, width, i, 0, width))
-        product *= _decay(decays, stride, chunk, i, head)
+        _add(cast(1, products[0]), part(grad_pairs, i * size, i), part(products, 0, i))
+        through[at + i * members] = _sum(part(products, 0, i))
 
 
 @kernel
-def _fade(decays, stride, head, heads, chunks, k, size, width, writing, passing, tasks):
+def _whole(decays, stride, head, groups, members, chunks, size, passing, tasks):
     for index in prange(tasks):
-        for tile in _share(chunks.shape[0] * heads, index, tasks):
-            place = decays, stride, head + tile % heads, chunks[tile // heads]
-            at, extent = tile * size * width, size * width
-            results = part(writing, at, extent), part(passing, tile * width, width)
-            _fade_tile(*place, part(k, at, extent), size, width, *results)
-
-
-@kernel
-def _read_and_mask(decays, stride, head, heads, chunks, q, size, width, reading, pairs, tasks):
-    for index in prange(tasks):
-        products = np.empty(size, pairs.dtype)
-        for tile in _share(chunks.shape[0] * heads, index, tasks):
-            place = decays, stride, head + tile % heads, chunks[tile // heads]
-            at, extent = tile * size * width, size * width
-            _read_tile(*place, part(q, at, extent), size, width, part(reading, at, extent))
-            _mask_tile(*place, part(pairs, tile * size * size, size * size), size, products)
-
-
-@kernel
-def _unmask(decays, stride, head, heads, chunks, pairs, grad_pairs, size, through, tasks):
-    for index in prange(tasks):
-        products = np.empty(size, pairs.dtype)
-        for tile in _share(chunks.shape[0] * heads, index, tasks):
-            place = decays, stride, head + tile % heads, chunks[tile // heads]
-            at, extent = tile * size * size, size * size
-            both = part(pairs, at, extent), part(grad_pairs, at, extent)
-            _unmask_tile(*place, *both, size, products, part(through, tile * size, size))
-
-
-@kernel
-def _unfade(
-    decays,
-    stride,
-    head,
-    heads,
-    chunks,
-    reading,
-    writing,
-    grad_reading,
-    grad_writing,
-    grad_passing,
-    grad_q,
-    grad_k,
-    size,
-    width,
-    through,
-    tasks,
-):
-    for index in prange(tasks):
-        for tile in _share(chunks.shape[0] * heads, index, tasks):
-            place = decays, stride, head + tile % heads, chunks[tile // heads]
-            at, extent, sums = tile * size * width, size * width, part(through, tile * size, size)
-            total = cast(0, sums[0])
-            for j in range(width):
-                total += grad_passing[tile * width + j]
+        for number in _share(passing.size, index, tasks):
+            tile, product = number // members, 1.0
             for i in range(size):
-                sums[i] += total
-            _unfade_tile(
-                *place,
-                part(reading, at, extent),
-                part(writing, at, extent),
-                part(grad_reading, at, extent),
-                part(grad_writing, at, extent),
-                part(grad_q, at, extent),
-                part(grad_k, at, extent),
-                size,
-                width,
-                sums,
-            )
+                first = head + tile % groups * members
+                product *= _decay(decays, stride, chunks[tile // groups], i, first + number % members)
+            passing[number] = product
+
+
+@kernel
+def _until(decays, stride, head, groups, members, chunks, values, size, width, target, tasks):
+    for index in prange(tasks):
+        for tile in _share(chunks.shape[0] * groups, index, tasks):
+            place = decays, stride, head + tile % groups * members, chunks[tile // groups]
+            at, extent = tile * size * members * width, size * members * width
+            _until_tile(*place, part(values, at, extent), size, members, width, part(target, at, extent))
+
+
+@kernel
+def _since(decays, stride, head, groups, members, chunks, values, size, width, target, tasks):
+    for index in prange(tasks):
+        for tile in _share(chunks.shape[0] * groups, index, tasks):
+            place = decays, stride, head + tile % groups * members, chunks[tile // groups]
+            at, extent = tile * size * members * width, size * members * width
+            _since_tile(*place, part(values, at, extent), size, members, width, part(target, at, extent))
+
+
+@kernel
+def _mask(decays, stride, head, groups, members, chunks, pairs, size, target, tasks):
+    for index in prange(tasks):
+        products = np.empty(size, pairs.dtype)
+        for number in _share(chunks.shape[0] * groups * members, index, tasks):
+            tile, member, extent = number // members, number % members, size * size
+            place = decays, stride, head + tile % groups * members + member, chunks[tile // groups]
+            source = part(pairs, tile * extent, extent)
+            _mask_tile(*place, source, size, products, part(target, number * extent, extent))
+
+
+@kernel
+def _unmask(decays, stride, head, groups, members, chunks, pairs, grad_pairs, size, inner, through, tasks):
+    for index in prange(tasks):
+        products = np.empty(size, pairs.dtype)
+        for tile in _share(chunks.shape[0] * groups, index, tasks):
+            own = part(inner, tile * size * size, size * size)
+            _fill(cast(0, products[0]), own)
+            for member in range(members):
+                place = decays, stride, head + tile % groups * members + member, chunks[tile // groups]
+                at, extent = (tile * members + member) * size * size, size * size
+                both = part(pairs, at, extent), part(grad_pairs, at, extent)
+                first = tile * size * members + member
+                _unmask_tile(*place, *both, size, products, own, through, first, members)
+
+
+@kernel
+def _grade_decays(reading, received, writing, grad_writing, whole, size, members, width, through, tasks):
+    for index in prange(tasks):
+        for tile in _share(whole.size // members, index, tasks):
+            extent = members * width
+            for member in range(members):
+                at = member * width
+                total = whole[tile * members + member]
+                for i in range(size):
+                    row = tile * size + i
+                    through[row * members + member] += total
+                    total += _dot(
+                        columns(writing, extent, row, at, width), columns(grad_writing, extent, row, at, width)
+                    )
+                total = cast(0, total)
+                for i in range(size - 1, -1, -1):
+                    row = tile * size + i
+                    total += _dot(columns(reading, extent, row, at, width), columns(received, extent, row, at, width))
+                    through[row * members + member] += total
 
 
 # -- with a decay for every key --
@@ -593,7 +607,7 @@ def forward(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """As the op ``linear_attention_forward``."""
-    return solve(_Compiled, q, k, v, log_decay, initial_state, cu_seqlens, scale, causal)
+    return solve((_Values, _Keys), q, k, v, log_decay, initial_state, cu_seqlens, scale, causal)
 
 
 def backward(
@@ -610,11 +624,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the op ``linear_attention_backward``."""
     gradients = grad_o, grad_final_state
-    return grade(_Compiled, gradients, q, k, v, log_decay, initial_state, cu_seqlens, scale, causal)
+    return grade((_Values, _Keys), gradients, q, k, v, log_decay, initial_state, cu_seqlens, scale, causal)
 
 
 class _Compiled(Solver):
-    """The chunks of all sequences make one row."""
+    """Moves tiles and runs along the chunks; the chunks of all sequences make one row."""
 
     spare = 0
 
@@ -659,25 +673,25 @@ class _Compiled(Solver):
         self.table = np.stack(columns_of, axis=1).astype(np.int64)
         self.carry_rows, self.chunk_sequences = 1, torch.from_numpy(sequence)[None]
         self.threads = threads_for(self.batch * self.total * self.heads * (self.size + self.width))
-        tile = size * (2 * self.size + 2 * self.width + size) + self.size * self.width
-        self.divide(len(sequence), max(1, TILES * self.threads // tile))
+        self.divide(len(sequence), max(1, TILES * self.threads // self.extent()))
         self.one = np.ones((), array(self.q.new_empty(0, dtype=self.dtype)).dtype)[()]
-        if self.log_decay is not None and not self.by_key:
-            # exact to the rounding of the recurrence's own factors, however many are multiplied
-            self.decays = array(self.log_decay.to(torch.float64).exp())
-            self.stride = self.heads if self.log_decay.dim() == 3 else 0
+
+    def extent(self) -> int:
+        """Elements that one head of a chunk takes."""
+        return self.chunk * (2 * self.size + 2 * self.width + self.chunk) + self.size * self.width
 
     def load(self, x: Tensor, block: Block, factor: float = 1.0) -> Tensor:
-        members, width = x.shape[2:]
-        tiles = self.tiles(block, self.chunk, width)
-        place, extent = self.place(block), (self.chunk, width, array(tiles), self.threads)
-        _load(self.threads, array(x), members, self.heads // members, self.one * factor, *place, *extent)
+        all_heads, width = x.shape[2:]
+        shared = self.heads // all_heads
+        tiles = self.tiles(block, self.chunk, width * (block.members if shared == 1 else 1))
+        extent = self.chunk, width, array(tiles), self.threads
+        _load(self.threads, array(x), all_heads, shared, self.one * factor, *self.place(block), *extent)
         return tiles
 
     def store(self, tiles: Tensor, block: Block, target: Tensor, factor: float = 1.0) -> None:
-        members, width = target.shape[2:]
-        place, extent = self.place(block), (self.chunk, width, array(target), members, self.heads // members)
-        _store(self.threads, array(tiles), self.one * factor, *place, *extent, self.threads)
+        all_heads, width = target.shape[2:]
+        extent = self.chunk, width, array(target), all_heads, self.heads // all_heads
+        _store(self.threads, array(tiles), self.one * factor, *self.place(block), *extent, self.threads)
 
     def output(self, like: Tensor) -> Tensor:
         if like.shape[2] == self.heads:
@@ -693,6 +707,7 @@ class _Compiled(Solver):
             self.threads,
             array(states),
             self.optional(passing),
+            not self.joint,
             array(given),
             int(self.initial_state is not None),
             *self.sequential(block),
@@ -711,12 +726,13 @@ class _Compiled(Solver):
         grad_final: Tensor,
         grad_initial: Tensor,
     ) -> Tensor | None:
-        gradient = None if passing is None else torch.empty_like(passing)
+        gradient = None if passing is None else self.tiles(block, block.members, self.size)
         _scan_back(
             self.threads,
             array(received),
             array(states),
             self.optional(passing),
+            not self.joint,
             *self.sequential(block),
             array(carry),
             array(grad_final),
@@ -724,83 +740,111 @@ class _Compiled(Solver):
             self.optional(gradient),
             self.threads,
         )
-        return gradient
-
-    def fade(self, block: Block, k: Tensor) -> Faded:
-        if self.log_decay is None:
-            return super().fade(block, k)
-        decays = self.factors(block, self.log_decay) if self.by_key else (self.decays, self.stride, *self.place(block))
-        faded = Faded(torch.empty_like(k), self.tiles(block, self.size), decays)
-        results = array(faded.writing), array(faded.passing), self.threads
-        if self.by_key:
-            _fade_keys(self.threads, array(k), decays, len(k), self.chunk, self.size, *results)
-        else:
-            _fade(self.threads, *decays, array(k), self.chunk, self.size, *results)
-        return faded
-
-    def pairs(self, block: Block, q: Tensor, k: Tensor, faded: Faded) -> tuple[Tensor, Tensor]:
-        if self.log_decay is None:
-            return super().pairs(block, q, k, faded)
-        reading, extent = torch.empty_like(q), (self.chunk, self.size)
-        if self.by_key:
-            pairs = self.tiles(block, self.chunk, self.chunk)
-            results = array(pairs), array(reading), self.threads
-            _pair(self.threads, array(q), array(k), faded.decays, len(q), *extent, *results)
-        else:
-            pairs = torch.bmm(q, k.mT)
-            _read_and_mask(self.threads, *faded.decays, array(q), *extent, array(reading), array(pairs), self.threads)
-        return pairs, reading
-
-    def grade_pairs(
-        self,
-        block: Block,
-        q: Tensor,
-        k: Tensor,
-        faded: Faded,
-        pairs: Tensor,
-        reading: Tensor,
-        grad_pairs: Tensor,
-        grad_reading: Tensor,
-        grad_writing: Tensor,
-        grad_passing: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if grad_passing is None:
-            arriving = grad_pairs, grad_reading, grad_writing, grad_passing
-            return super().grade_pairs(block, q, k, faded, pairs, reading, *arriving)
-        arriving = map(array, (reading, faded.writing, grad_reading, grad_writing, grad_passing))
-        if self.by_key:
-            grad_q, grad_k, through = (torch.empty_like(q) for _ in range(3))
-            operands, extent = (array(q), array(k), faded.decays), (len(q), self.chunk, self.size)
-            results = map(array, (grad_q, grad_k, through))
-            _unpair(self.threads, *operands, *extent, array(grad_pairs), *arriving, *results, self.threads)
-            return grad_q, grad_k, through
-        through = self.tiles(block, self.chunk)
-        inner = array(pairs), array(grad_pairs), self.chunk, array(through)
-        _unmask(self.threads, *faded.decays, *inner, self.threads)
-        grad_q, grad_k = torch.bmm(grad_pairs, k), torch.bmm(grad_pairs.mT, q)
-        results = array(grad_q), array(grad_k), self.chunk, self.size, array(through)
-        _unfade(self.threads, *faded.decays, *arriving, *results, self.threads)
-        return grad_q, grad_k, through
-
-    def factors(self, block: Block, log_decay: Tensor) -> np.ndarray:
-        """The decays of the tiles' keys, ``(M, C, K)``; 1 where there is no token."""
-        tiles = array(self.tiles(block, self.chunk, self.size))
-        place, source = self.place(block), (array(log_decay), self.heads, self.one)
-        _load_decays(self.threads, *source, *place, self.chunk, self.size, tiles, self.threads)
-        return tiles
+        if gradient is None:
+            return None
+        return gradient.sum(2) if self.joint else gradient[:, 0]
 
     def tiles(self, block: Block, *shape: int) -> Tensor:
         """Memory for a block's tiles."""
-        return self.q.new_empty((block.n_chunks * block.n_heads, *shape), dtype=self.dtype)
+        return self.q.new_empty((block.n_chunks * block.n_groups, *shape), dtype=self.dtype)
 
     def place(self, block: Block) -> tuple[Any, ...]:
         """The heads and the chunks of a block, for the kernels."""
-        return block.heads.start, block.n_heads, self.table[block.chunks]
+        return block.heads.start, block.n_groups, block.members, self.table[block.chunks]
 
     def sequential(self, block: Block) -> tuple[Any, ...]:
         """The same, and the extents of the states, for the kernels that run along the chunks."""
-        return self.table[block.chunks], block.heads.start, block.n_heads, self.heads, self.size, self.width
+        extent = self.heads, self.size, self.width
+        return self.table[block.chunks], block.heads.start, block.n_groups, block.members, *extent
 
     def optional(self, tensor: Tensor | None) -> np.ndarray:
         """The memory of a tensor, or of none."""
         return np.empty(0, self.one.dtype) if tensor is None else array(tensor)
+
+
+class _Values(_Compiled, ByValue):
+    """With what :class:`ByValue` multiplies by decays."""
+
+    def prepare(self, cu_seqlens: Tensor | None) -> None:
+        super().prepare(cu_seqlens)
+        if self.log_decay is not None:
+            # exact to the rounding of the recurrence's own factors, however many are multiplied
+            self.factors = array(self.log_decay.to(torch.float64).exp())
+            self.stride = self.heads if self.log_decay.dim() == 3 else 0
+
+    def extent(self) -> int:
+        of_group = 4 * self.chunk * self.size * self.groups // self.heads
+        return of_group + self.chunk * (4 * self.width + 2 * self.chunk) + 2 * self.size * self.width
+
+    def decays(self, block: Block) -> Any:
+        if self.log_decay is None:
+            return None, None
+        decays, passing = (self.factors, self.stride, *self.place(block)), self.tiles(block, block.members)
+        _whole(self.threads, *decays, self.chunk, array(passing), self.threads)
+        return decays, passing
+
+    def until(self, block: Block, values: Tensor, decays: Any) -> Tensor:
+        target = torch.empty_like(values)
+        _until(self.threads, *decays, array(values), self.chunk, self.width, array(target), self.threads)
+        return target
+
+    def since(self, block: Block, values: Tensor, decays: Any) -> Tensor:
+        target = torch.empty_like(values)
+        _since(self.threads, *decays, array(values), self.chunk, self.width, array(target), self.threads)
+        return target
+
+    def mask(self, block: Block, pairs: Tensor, decays: Any) -> Tensor:
+        target = self.tiles(block, block.members, self.chunk, self.chunk)
+        _mask(self.threads, *decays, array(pairs), self.chunk, array(target), self.threads)
+        return target
+
+    def unmask(self, block: Block, pairs: Tensor, grad_pairs: Tensor, decays: Any) -> tuple[Tensor, Tensor]:
+        inner, through = self.tiles(block, self.chunk, self.chunk), self.tiles(block, self.chunk, block.members)
+        both = array(pairs), array(grad_pairs), self.chunk
+        _unmask(self.threads, *decays, *both, array(inner), array(through), self.threads)
+        return inner, through
+
+    def grade_decays(
+        self, block: Block, through: Tensor, reads: tuple[Tensor, Tensor], writes: tuple[Tensor, Tensor], whole: Tensor
+    ) -> Tensor:
+        operands = map(array, (*reads, *writes, whole))
+        extent = self.chunk, block.members, self.width
+        _grade_decays(self.threads, *operands, *extent, array(through), self.threads)
+        return through
+
+
+class _Keys(_Compiled, ByKey):
+    """With the pairs of :class:`ByKey`."""
+
+    def fade(self, block: Block, k: Tensor) -> tuple[Any, Tensor, Tensor]:
+        decays = array(self.tiles(block, self.chunk, self.size))
+        head, groups, _, chunks = self.place(block)
+        place = head, groups, chunks, self.chunk, self.size
+        _load_decays(self.threads, array(self.log_decay), self.heads, self.one, *place, decays, self.threads)
+        writing, passing = torch.empty_like(k), self.tiles(block, self.size)
+        results = array(writing), array(passing), self.threads
+        _fade_keys(self.threads, array(k), decays, len(k), self.chunk, self.size, *results)
+        return decays, writing, passing
+
+    def pairs(self, block: Block, q: Tensor, added: Added) -> tuple[Tensor, Tensor]:
+        reading, pairs = torch.empty_like(q), self.tiles(block, 1, self.chunk, self.chunk)
+        operands, extent = (array(q), array(added.k), added.decays), (len(q), self.chunk, self.size)
+        _pair(self.threads, *operands, *extent, array(pairs), array(reading), self.threads)
+        return pairs, reading
+
+    def grade_pairs(
+        self,
+        added: Added,
+        q: Tensor,
+        reading: Tensor,
+        grad_pairs: Tensor,
+        grad_reading: Tensor,
+        grad_writing: Tensor,
+        grad_passing: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_q, grad_k, through = (torch.empty_like(q) for _ in range(3))
+        operands, extent = (array(q), array(added.k), added.decays), (len(q), self.chunk, self.size)
+        arriving = map(array, (grad_pairs, reading, added.writing, grad_reading, grad_writing, grad_passing))
+        results = map(array, (grad_q, grad_k, through))
+        _unpair(self.threads, *operands, *extent, *arriving, *results, self.threads)
+        return grad_q, grad_k, through

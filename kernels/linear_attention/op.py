@@ -44,8 +44,8 @@ def linear_attention(
     (https://arxiv.org/abs/2405.21060), GLA (https://arxiv.org/abs/2312.06635), HGRN2 and mLSTM. Solved in chunks whose
     inside is matrix products and between which only the state passes; computed in float32 (float64 for float64 inputs).
 
-    A value that is not finite may reach tokens before it, those of its chunk, because weights of zero multiply it. Other
-    sequences, packed or not, are safe from it.
+    A value that is not finite may reach tokens before it, those of its chunk, because weights of zero multiply it.
+    Other sequences, packed or not, are safe from it.
 
     Args:
         q: ``(B, T, G, K)``, K at most 256: float64, float32, bfloat16 or float16. G divides H; head h reads group
