@@ -7,4 +7,5 @@ from seqzoo.kernels.dispatch import checks as checks
 from seqzoo.kernels.gated_scan import gated_scan as gated_scan
 from seqzoo.kernels.linear_attention import linear_attention as linear_attention
 from seqzoo.kernels.linear_scan import linear_scan as linear_scan
+from seqzoo.kernels.long_conv import long_conv as long_conv
 from seqzoo.kernels.selective_scan import selective_scan as selective_scan

@@ -1,7 +1,8 @@
 """What tests, benchmarks and ``seqzoo doctor`` share: inputs of the ops, the oracle and the tolerance derived from it.
 
 An op is compared with its own ``reference`` in float64 on the same inputs. What it may be off by is derived, not tuned:
-twice the error that the reference makes in the op's own precision, plus one rounding of the result.
+twice the error that the reference makes in the op's own precision, plus one rounding of the result, plus what the op's
+method costs where that is another than the reference's (an FFT's errors are as large as its largest values).
 """
 
 from __future__ import annotations
@@ -32,12 +33,22 @@ def widen(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OpCase:
-    """One call of a public op: its differentiable tensors (by argument name) and the rest of its arguments."""
+    """One call of a public op.
+
+    Attributes:
+        op: Its name.
+        label: What is peculiar to the call.
+        tensors: Its differentiable tensors, by argument name.
+        options: The rest of its arguments.
+        allowance: From the tensors and the outputs' cotangents to the errors that the op's method may make beyond those
+            of its reference, by name of the result; none when omitted.
+    """
 
     op: str
     label: str
     tensors: dict[str, Tensor | None]
     options: dict[str, Any]
+    allowance: Callable[[dict[str, Tensor | None], list[Tensor]], dict[str, float]] | None = None
 
     def widened(self) -> OpCase:
         """The same call in float64."""
@@ -55,8 +66,9 @@ class OpCase:
         )
 
     def call(self, tensors: dict[str, Tensor | None] | None = None) -> tuple[Tensor, ...]:
-        """Calls the op."""
-        return getattr(ops, self.op)(**(self.tensors if tensors is None else tensors), **self.options)
+        """Calls the op; a single output counts as a tuple of one."""
+        outputs = getattr(ops, self.op)(**(self.tensors if tensors is None else tensors), **self.options)
+        return (outputs,) if isinstance(outputs, Tensor) else outputs
 
     def run(self, backend: str | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Outputs and, for cotangents drawn from ``seed``, the gradients of all tensors, by name."""
@@ -75,6 +87,13 @@ class OpCase:
         result = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
         return result | {f"gradient of {name}": value for name, value in zip(present, gradients, strict=True)}
 
+    def allowed(self, results: dict[str, Tensor], seed: int = 0) -> dict[str, float]:
+        """The allowance of a :meth:`run` with these results and this seed."""
+        if self.allowance is None:
+            return {}
+        outputs = [value for name, value in results.items() if name.startswith("output")]
+        return self.allowance(self.tensors, [_cotangent(output, seed + i) for i, output in enumerate(outputs)])
+
 
 def _cotangent(output: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -84,13 +103,14 @@ def _cotangent(output: Tensor, seed: int) -> Tensor:
     return (torch.view_as_complex(drawn) if output.is_complex() else drawn).to(output.device, output.dtype)
 
 
-def excess(actual: Tensor, low: Tensor | Sequence[Tensor], exact: Tensor) -> float:
+def excess(actual: Tensor, low: Tensor | Sequence[Tensor], exact: Tensor, allowance: float = 0.0) -> float:
     """Error of ``actual`` over what it may be off by: above 1 it is wrong, NaN anywhere counts as infinitely wrong.
 
     Args:
         actual: Of the implementation under test.
         low: Of the reference in the same precision; of several (see :func:`nearby`) the greatest error counts.
         exact: Of the reference in float64, on the same inputs.
+        allowance: What its method may be off by beyond that.
     """
     if actual.shape != exact.shape:
         return float("inf")
@@ -105,6 +125,7 @@ def excess(actual: Tensor, low: Tensor | Sequence[Tensor], exact: Tensor) -> flo
         lows = [low] if isinstance(low, Tensor) else low
         worst = max((widen(one) - exact).abs().max().item() for one in lows)
         budget = 2 * (worst + torch.finfo(actual.dtype).eps * scale)
+    budget += allowance
     if error != error:
         return float("inf")
     return error / budget if budget > 0 else (0.0 if error == 0 else float("inf"))
@@ -126,7 +147,8 @@ def compare(case: OpCase, backend: str | None) -> dict[str, float]:
     actual = case.run(backend)
     low = case.to("cpu").run("reference")
     exact = case.to("cpu").widened().run("reference")
-    return {name: excess(actual[name].cpu(), low[name], exact[name]) for name in exact}
+    allowed = case.to("cpu").allowed(exact)
+    return {name: excess(actual[name].cpu(), low[name], exact[name], allowed.get(name, 0.0)) for name in exact}
 
 
 def boundaries(lengths: Sequence[int]) -> Tensor:
@@ -232,6 +254,52 @@ def causal_conv_case(
     words += ["state" if state else "", str(dtype).split(".")[1]]
     options = {"activation": activation, "cu_seqlens": None if lengths is None else boundaries(lengths)}
     return OpCase("causal_conv", " ".join(filter(None, words)), tensors, options)
+
+
+def fft_errors(tensors: dict[str, Tensor | None], cotangents: list[Tensor]) -> dict[str, float]:
+    """What FFTs may add to the errors of ``long_conv``, which spread over a whole channel.
+
+    With eps of the precision of the computation and k both kernels side by side: ``8 eps max|u| |k|_1`` for y, and for
+    the gradients, which are convolutions with the gradient g of y, ``8 eps max|g| |k|_1`` for that of u and
+    ``8 eps max|u| |g|_1`` for those of the kernels. The norms are those of one channel, ``|g|_1`` over all sequences.
+    """
+    u, (g,) = tensors["u"], cotangents
+    if u is None or u.numel() == 0:
+        return {}
+    kernels = [kernel for kernel in (tensors["kernel"], tensors["kernel_reverse"]) if kernel is not None]
+    taps = torch.cat([widen(kernel)[:, : u.shape[1]] for kernel in kernels], 1).abs().sum(1).max().item()
+    unit = 8 * torch.finfo(accumulator(u.dtype)).eps
+    largest, of_kernels = widen(u).abs().max().item(), widen(g).abs().sum((0, 1)).max().item()
+    return {
+        "output 0": unit * largest * taps,
+        "gradient of u": unit * widen(g).abs().max().item() * taps,
+        "gradient of kernel": unit * largest * of_kernels,
+        "gradient of kernel_reverse": unit * largest * of_kernels,
+    }
+
+
+def long_conv_case(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int] = (2, 67, 5),
+    *,
+    taps: int | None = None,
+    taps_reverse: int | None = None,
+    recompute: bool = False,
+    kernel_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> OpCase:
+    """Inputs of :func:`seqzoo.ops.long_conv`; ``taps`` None for one a token, ``taps_reverse`` None for one side."""
+    g = torch.Generator().manual_seed(seed)
+    _, total, width = shape
+    u = 2 * _uniform(g, *shape) - 1
+    tensors: dict[str, Tensor | None] = {"u": u.to(dtype), "kernel": None, "kernel_reverse": None}
+    for name, lags in (("kernel", total if taps is None else taps), ("kernel_reverse", taps_reverse)):
+        if lags is not None:
+            tensors[name] = (2 * _uniform(g, width, lags) - 1).to(kernel_dtype or dtype)
+    words = [f"{shape}", "" if taps is None else f"L={taps}", "" if taps_reverse is None else f"L'={taps_reverse}"]
+    words += ["recompute" if recompute else "", "fp32 kernel" if kernel_dtype == torch.float32 else ""]
+    label = " ".join(filter(None, [*words, str(dtype).split(".")[1]]))
+    return OpCase("long_conv", label, tensors, {"recompute": recompute}, fft_errors)
 
 
 def selective_scan_case(
@@ -446,10 +514,28 @@ def causal_conv_cases(dtype: torch.dtype) -> Iterator[OpCase]:
         yield causal_conv_case(dtype, weight_dtype=torch.float32)
 
 
+def long_conv_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``long_conv``: one and both sides, kernels of every length, spectra kept or not."""
+    if dtype.is_complex:
+        return
+    for recompute in (False, True):
+        yield long_conv_case(dtype, recompute=recompute)
+        yield long_conv_case(dtype, taps=20, taps_reverse=67, recompute=recompute)
+    for taps, taps_reverse in ((1, None), (100, None), (0, None), (1, 1), (0, 3), (5, 0), (80, 90), (3, 66)):
+        yield long_conv_case(dtype, (2, 67, 2), taps=taps, taps_reverse=taps_reverse)
+    yield long_conv_case(dtype, (3, 130, 37), taps_reverse=130)
+    for shape in ((1, 1, 3), (2, 0, 3), (1, 64, 130), (0, 4, 3), (2, 3, 0)):
+        yield long_conv_case(dtype, shape, taps=3, taps_reverse=2)
+    yield long_conv_case(dtype, (1, 4, 2))
+    if dtype in HALF or dtype == torch.float64:
+        yield long_conv_case(dtype, taps_reverse=5, kernel_dtype=torch.float32)
+
+
 OP_CASES: dict[str, Callable[[torch.dtype], Iterator[OpCase]]] = {
     "linear_scan": linear_scan_cases,
     "gated_scan": gated_scan_cases,
     "causal_conv": causal_conv_cases,
+    "long_conv": long_conv_cases,
     "selective_scan": selective_scan_cases,
     "linear_attention": linear_attention_cases,
     "delta_rule": delta_rule_cases,

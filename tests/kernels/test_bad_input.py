@@ -7,7 +7,7 @@ import torch
 
 from seqzoo import ops
 from seqzoo.kernels import dispatch
-from seqzoo.ops import causal_conv, gated_scan, linear_scan, selective_scan
+from seqzoo.ops import causal_conv, gated_scan, linear_scan, long_conv, selective_scan
 from seqzoo.packing import Packing
 
 B = torch.zeros(2, 5, 3)
@@ -103,6 +103,28 @@ def ints(*values: int) -> torch.Tensor:
             ValueError,
             r"initial_state must have shape \(S, W - 1, D\) = \(2, 3, 3\)",
         ),
+        (lambda: long_conv(B.long(), W), TypeError, r"u must be one of .*, got int64"),
+        (lambda: long_conv(B.to(torch.complex64), W), TypeError, r"u must be one of .*, got complex64"),
+        (lambda: long_conv(B[0], W), ValueError, r"u must have 3 dimensions, \(B, T, D\), got 2"),
+        (lambda: long_conv(B, [1.0]), TypeError, r"kernel must be a Tensor, got list"),
+        (lambda: long_conv(B, W[None]), ValueError, r"kernel must have 2 dimensions, \(D, L\), got 3"),
+        (lambda: long_conv(B, W[:2]), ValueError, r"kernel must have shape \(D, L\) = \(3, 4\), got \(2, 4\)"),
+        (lambda: long_conv(B, W.double()), TypeError, r"kernel must be float32 beside u of float32, got float64"),
+        (lambda: long_conv(B.half(), W.bfloat16()), TypeError, r"kernel must be float16 or float32 .* got bfloat16"),
+        (lambda: long_conv(B, W.to(torch.complex64)), TypeError, r"kernel must be float32 .* got complex64"),
+        (lambda: long_conv(B, W.to("meta")), ValueError, r"kernel is on meta, u on cpu"),
+        (
+            lambda: long_conv(B, W, kernel_reverse=W.t()),
+            ValueError,
+            r"kernel_reverse must have shape \(D, L\) = \(3, 3\), got \(4, 3\)",
+        ),
+        (
+            lambda: long_conv(B, W, kernel_reverse=W.to(torch.complex64)),
+            TypeError,
+            r"kernel_reverse must be float32 beside u of float32, got complex64",
+        ),
+        (lambda: long_conv(B, W, kernel_reverse=W.to("meta")), ValueError, r"kernel_reverse is on meta, u on cpu"),
+        (lambda: long_conv(B, W, cu_seqlens=ints(0, 5)), TypeError, r"cu_seqlens"),
         (lambda: selective(u=B[0]), ValueError, r"u must have 3 dimensions, \(B, T, D\), got 2"),
         (lambda: selective(delta=A.double()), TypeError, r"delta must be float32 beside u of float32, got float64"),
         (lambda: selective(delta=A[..., :2]), ValueError, r"delta must have shape \(B, T, D\) = \(2, 5, 3\), got"),
@@ -173,6 +195,8 @@ def test_values_are_looked_at_only_when_asked_for():
         selective(delta=poisoned)
     with ops.checks(), pytest.raises(ValueError, match=r"A must not be positive, got 1.0 at index \(0, 0\)"):
         selective(A=-RATES)
+    with ops.checks(), pytest.raises(ValueError, match=r"u must be finite, got nan at index \(1, 2, 0\)"):
+        long_conv(poisoned, W)
     selective(A=-RATES)
     assert torch.isnan(linear_scan(A, poisoned)[0]).any()
 

@@ -24,6 +24,7 @@ from seqzoo.testing import (
     gated_scan_case,
     linear_attention_case,
     linear_scan_case,
+    long_conv_case,
     selective_scan_case,
 )
 
@@ -90,6 +91,8 @@ def test_reference_passes_gradcheck(op: str, dtype: torch.dtype):
         gated_scan_case(torch.float64, (0, 0, 2), cell="min_lstm", lengths=(2, 0, 3), reverse=True),
         causal_conv_case(torch.float64, (2, 5, 2)),
         causal_conv_case(torch.float64, (0, 0, 2), taps=5, lengths=(2, 0, 6), bias=False, activation=None),
+        long_conv_case(torch.float64, (2, 5, 2), taps=3, taps_reverse=7),
+        long_conv_case(torch.float64, (2, 5, 2), recompute=True),
     ],
     ids=lambda case: f"{case.op} {case.label}",
 )
@@ -183,7 +186,11 @@ def test_any_shape_and_boundaries(lengths, width, reverse, time_invariant, state
 
 
 def packed_cases(op: str, dtype: torch.dtype, device: torch.device) -> list[OpCase]:
-    return [case.to(device) for case in OP_CASES[op](dtype) if case.options["cu_seqlens"] is not None]
+    return [case.to(device) for case in OP_CASES[op](dtype) if case.options.get("cu_seqlens") is not None]
+
+
+# the ops that know packed sequences
+PACKING = [op for op in OP_CASES if any("cu_seqlens" in case.options for case in OP_CASES[op](torch.float32))]
 
 
 def per_token(name: str, tensor: torch.Tensor) -> bool:
@@ -191,7 +198,7 @@ def per_token(name: str, tensor: torch.Tensor) -> bool:
     return tensor.dim() >= 3 and name != "initial_state"
 
 
-@pytest.mark.parametrize("op", OP_CASES)
+@pytest.mark.parametrize("op", PACKING)
 def test_packed_is_what_separate_sequences_give(op: str, device: torch.device):
     for backend in able(device, torch.float32):
         dtype = torch.float32 if backend == "gpu" else torch.float64
@@ -214,7 +221,7 @@ def test_packed_is_what_separate_sequences_give(op: str, device: torch.device):
                     torch.testing.assert_close(final[index : index + 1], one_final)
 
 
-@pytest.mark.parametrize("op", OP_CASES)
+@pytest.mark.parametrize("op", PACKING)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, under Triton's interpreter
 def test_nothing_crosses_a_boundary(op: str, poison: float, device: torch.device):
@@ -245,7 +252,7 @@ def test_nothing_crosses_a_boundary(op: str, poison: float, device: torch.device
 @pytest.mark.parametrize("op", OP_CASES)
 def test_same_bits_twice(op: str, device: torch.device):
     torch.use_deterministic_algorithms(False)
-    telling = packed_cases(op, torch.float32, device)[0].label
+    telling = (packed_cases(op, torch.float32, device) or list(OP_CASES[op](torch.float32)))[0].label
     for case in OP_CASES[op](torch.float32):
         case = case.to(device)
         for backend in able(device, torch.float32):
@@ -262,18 +269,19 @@ def _matrix_state_case(op: str) -> Callable[..., OpCase]:
     return make
 
 
-# a short dense or packed call of each op
+# a short dense or, where the op knows them, packed call of each op
 SMALL: dict[str, Callable[..., OpCase]] = {
     "linear_scan": linear_scan_case,
     "gated_scan": gated_scan_case,
     "causal_conv": causal_conv_case,
+    "long_conv": long_conv_case,
     "selective_scan": selective_scan_case,
     "linear_attention": _matrix_state_case("linear_attention"),
     "delta_rule": _matrix_state_case("delta_rule"),
 }
 
 
-@pytest.mark.parametrize("op", SMALL)
+@pytest.mark.parametrize("op", PACKING)
 @pytest.mark.parametrize("backend", ["chunked", "cpu", "gpu"])
 def test_the_op_compiles_without_a_break(op: str, backend: str, device: torch.device):
     if dispatch.obstacle(backend, device, False) is not None:
@@ -330,12 +338,13 @@ def test_other_derivatives_raise_on_the_fast_paths_and_the_reference_has_them(
     op: str, derivative: str, square: bool, device: torch.device
 ):
     case = SMALL[op](torch.float64, (1, 4, 2)).to(device)
-    # others are linear in their first input
+    # others are linear in their first input, and a long convolution in each
     name = next((name for name in ("delta", "log_decay") if name in case.tensors), next(iter(case.tensors)))
     x = case.tensors[name]
 
     def call(value):
-        y, _ = case.call(case.tensors | {name: value})
+        changed = {name: value, "kernel": value[0].t()} if op == "long_conv" else {name: value}
+        y = case.call(case.tensors | changed)[0]
         # of a sum the arriving gradient is a constant
         return (y.square() if square else y).sum()
 
