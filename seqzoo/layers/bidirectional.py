@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec
+from seqzoo.modules.convolution import ConvolutionMixer
 from seqzoo.packing import Packing
 
 
@@ -18,10 +19,14 @@ class Bidirectional(SequenceMixer):
     "Bidirectional Recurrent Neural Networks" (Schuster and Paliwal, 1997). It reads the future, so it neither decodes
     nor takes or returns a state.
 
+    The sum of two convolutions (S4, S4D, DSS, LongConv) is one with a kernel of two sides: it is made before the map that
+    follows them, which is ``mixer``'s, as in S4 (https://arxiv.org/abs/2111.00396). The other one then has none.
+
     Args:
         mixer: Reads from the first token to the last.
         mixer_reverse: Reads from the last to the first. None means a copy of ``mixer`` with parameters of its own,
-            newly initialised; pass ``mixer`` itself to share them.
+            newly initialised; pass ``mixer`` itself to share them. Beside a convolution in a sum, one made with
+            ``output="none"``.
         merge: ``"sum"``; ``"concat"``, a linear map of both, ``(2 D) -> (D)``; or ``"gate"``, ``g f + (1 - g) r`` with
             ``g = sigmoid(W [f, r])``.
     """
@@ -42,19 +47,30 @@ class Bidirectional(SequenceMixer):
         super().__init__(mixer.d_model)
         if merge not in ("sum", "concat", "gate"):
             raise ValueError(f"merge must be sum, concat or gate, got {merge!r}")
+        convolves = merge == "sum" and isinstance(mixer, ConvolutionMixer)
         if mixer_reverse is None:
             mixer_reverse = copy.deepcopy(mixer)
+            if convolves and isinstance(mixer_reverse, ConvolutionMixer):
+                mixer_reverse.remove_map()
             mixer_reverse.reset_parameters()
         if mixer_reverse.d_model != mixer.d_model:
             raise ValueError(f"both mixers need one d_model, got {mixer.d_model} and {mixer_reverse.d_model}")
         for one in (mixer, mixer_reverse):
             if "causal" in one.limits:
                 raise ValueError(f"{type(one).__name__} is not causal: {one.limits['causal']}")
+        self.joint = convolves and isinstance(mixer_reverse, ConvolutionMixer)
+        if self.joint and mixer_reverse is not mixer and mixer_reverse.output != "none":
+            raise ValueError(
+                f"two convolutions are summed before a map, which is the first one's: build mixer_reverse with "
+                f"output='none', got {mixer_reverse.output!r}, or choose another merge"
+            )
         self.mixer, self.mixer_reverse, self.merge = mixer, mixer_reverse, merge
         self.merge_proj = nn.Identity() if merge == "sum" else nn.Linear(2 * self.d_model, self.d_model)
 
     def mix(self, x: Tensor, state: State | None, packing: Packing | None, return_state: bool) -> Mixed:
         """Both directions, merged."""
+        if self.joint:
+            return Mixed(self.mixer.mix_both(self.mixer_reverse, x, packing))
         forward = self._one(self.mixer, x, packing)
         turned = self._one(self.mixer_reverse, _reverse(x, packing), packing)
         backward = _reverse(turned.y, packing)
