@@ -16,9 +16,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -166,7 +167,17 @@ def uncast(device: torch.device) -> AbstractContextManager[Any]:
     return _NOTHING
 
 
-def define(op: str, part: str, schema: str, fake: Callable[..., Any]) -> Any:
+# by op: its tensors that are float64 or complex128 even in a call that computes in less
+_always_wide: dict[str, tuple[str, ...]] = {}
+
+
+def is_wide(op: str, tensors: Mapping[str, Tensor | None]) -> bool:
+    """Whether a call of ``op`` on these tensors, by argument name, computes in float64."""
+    apart = _always_wide.get(op, ())
+    return any(tensor is not None and tensor.dtype in WIDE for name, tensor in tensors.items() if name not in apart)
+
+
+def define(op: str, part: str, schema: str, fake: Callable[..., Any], always_wide: tuple[str, ...] = ()) -> Any:
     """Registers ``seqzoo::<op>_<part>``, which runs the function ``part`` of the implementation chosen for its tensors.
 
     Args:
@@ -174,24 +185,30 @@ def define(op: str, part: str, schema: str, fake: Callable[..., Any]) -> Any:
         part: ``"forward"`` or ``"backward"``.
         schema: Arguments and results in torch.library's language; the last argument is ``str backend``.
         fake: The same arguments to results of the right shapes, on fake tensors.
+        always_wide: Arguments that are float64 or complex128 whatever the op computes in: the others say what that is.
 
     Returns:
         The operator, to be called with all its arguments by position.
     """
     name = f"{op}_{part}"
     library.define(name + schema)
+    operator = getattr(torch.ops.seqzoo, name).default
+    if always_wide:
+        _always_wide[op] = always_wide
+    decisive = [argument.name not in always_wide for argument in operator._schema.arguments[:-1]]
 
     def run(*arguments: Any) -> Any:
         *inputs, requested = arguments
         inputs = [value.contiguous() if isinstance(value, Tensor) else value for value in inputs]
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        telling = itertools.compress(inputs, decisive)
+        tensors = [value for value in telling if isinstance(value, Tensor)]
         found = getattr(implementation(op, chosen(requested, *tensors)), part)
         with uncast(tensors[0].device):
             return found(*inputs)
 
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"seqzoo::{name}", fake, lib=library)
-    return getattr(torch.ops.seqzoo, name).default
+    return operator
 
 
 def check_boundaries(cu_seqlens: Tensor | None, total: int) -> None:

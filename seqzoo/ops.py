@@ -9,3 +9,4 @@ from seqzoo.kernels.linear_attention import linear_attention as linear_attention
 from seqzoo.kernels.linear_scan import linear_scan as linear_scan
 from seqzoo.kernels.long_conv import long_conv as long_conv
 from seqzoo.kernels.selective_scan import selective_scan as selective_scan
+from seqzoo.kernels.vandermonde import vandermonde as vandermonde

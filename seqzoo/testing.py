@@ -55,6 +55,11 @@ class OpCase:
         wide = {name: None if tensor is None else widen(tensor) for name, tensor in self.tensors.items()}
         return replace(self, tensors=wide)
 
+    @property
+    def wide(self) -> bool:
+        """Whether it is computed in float64."""
+        return dispatch.is_wide(self.op, self.tensors)
+
     def to(self, device: torch.device | str) -> OpCase:
         """The same call on another device."""
         return replace(
@@ -103,7 +108,13 @@ def _cotangent(output: Tensor, seed: int) -> Tensor:
     return (torch.view_as_complex(drawn) if output.is_complex() else drawn).to(output.device, output.dtype)
 
 
-def excess(actual: Tensor, low: Tensor | Sequence[Tensor], exact: Tensor, allowance: float = 0.0) -> float:
+def excess(
+    actual: Tensor,
+    low: Tensor | Sequence[Tensor],
+    exact: Tensor,
+    allowance: float = 0.0,
+    precision: torch.dtype | None = None,
+) -> float:
     """Error of ``actual`` over what it may be off by: above 1 it is wrong, NaN anywhere counts as infinitely wrong.
 
     Args:
@@ -111,7 +122,9 @@ def excess(actual: Tensor, low: Tensor | Sequence[Tensor], exact: Tensor, allowa
         low: Of the reference in the same precision; of several (see :func:`nearby`) the greatest error counts.
         exact: Of the reference in float64, on the same inputs.
         allowance: What its method may be off by beyond that.
+        precision: What it was computed in, where that is less than its own dtype.
     """
+    precision = actual.dtype if precision is None else precision
     if actual.shape != exact.shape:
         return float("inf")
     if actual.numel() == 0:
@@ -119,12 +132,12 @@ def excess(actual: Tensor, low: Tensor | Sequence[Tensor], exact: Tensor, allowa
     exact = widen(exact)
     error = (widen(actual) - exact).abs().max().item()
     scale = exact.abs().max().item()
-    if actual.dtype in dispatch.WIDE:
+    if precision in dispatch.WIDE:
         budget = 1e-12 * scale  # the oracle has errors of this size itself
     else:
         lows = [low] if isinstance(low, Tensor) else low
         worst = max((widen(one) - exact).abs().max().item() for one in lows)
-        budget = 2 * (worst + torch.finfo(actual.dtype).eps * scale)
+        budget = 2 * (worst + torch.finfo(precision).eps * scale)
     budget += allowance
     if error != error:
         return float("inf")
@@ -148,7 +161,18 @@ def compare(case: OpCase, backend: str | None) -> dict[str, float]:
     low = case.to("cpu").run("reference")
     exact = case.to("cpu").widened().run("reference")
     allowed = case.to("cpu").allowed(exact)
-    return {name: excess(actual[name].cpu(), low[name], exact[name], allowed.get(name, 0.0)) for name in exact}
+    # a gradient has the dtype of its tensor, which may be wider than what the op computes in
+    narrow = [] if case.wide else [value.dtype for value in actual.values() if value.dtype not in dispatch.WIDE]
+    return {
+        name: excess(
+            value.cpu(),
+            low[name],
+            exact[name],
+            allowed.get(name, 0.0),
+            narrow[0] if narrow and value.dtype in dispatch.WIDE else None,
+        )
+        for name, value in actual.items()
+    }
 
 
 def boundaries(lengths: Sequence[int]) -> Tensor:
@@ -531,6 +555,48 @@ def long_conv_cases(dtype: torch.dtype) -> Iterator[OpCase]:
         yield long_conv_case(dtype, taps_reverse=5, kernel_dtype=torch.float32)
 
 
+def vandermonde_case(
+    dtype: torch.dtype,
+    shape: tuple[int, int] = (3, 5),
+    length: int = 67,
+    *,
+    exponents_dtype: torch.dtype = torch.complex128,
+    decay: float = 0.05,
+    turn: float = 3.0,
+    seed: int = 0,
+) -> OpCase:
+    """Inputs of :func:`seqzoo.ops.vandermonde` whose result is ``dtype``, float64 or float32.
+
+    The exponents' real parts are uniform in ``(-decay, 0)``, their imaginary ones in ``(-turn, turn)``.
+    """
+    g = torch.Generator().manual_seed(seed)
+    exponents = torch.complex(-decay * _uniform(g, *shape), turn * (2 * _uniform(g, *shape) - 1))
+    weights = torch.complex(2 * _uniform(g, *shape) - 1, 2 * _uniform(g, *shape) - 1)
+    words = [f"{shape}", f"length={length}", "" if decay == 0.05 else f"decay={decay}"]
+    words += ["" if turn == 3 else f"turn={turn}", "" if exponents_dtype == torch.complex128 else "complex64 exponents"]
+    tensors = {"exponents": exponents.to(exponents_dtype), "weights": weights.to(COMPLEX_OF[dtype])}
+    label = " ".join(filter(None, [*words, str(dtype).split(".")[1]]))
+    return OpCase("vandermonde", label, dict(tensors), {"length": length})
+
+
+def vandermonde_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``vandermonde``: lengths and numbers of terms of all kinds, no decay, sudden decay, fast turns."""
+    if dtype not in COMPLEX_OF:
+        return
+    yield vandermonde_case(dtype)
+    if dtype == torch.float32:
+        yield vandermonde_case(dtype, exponents_dtype=torch.complex64)
+    yield vandermonde_case(dtype, (2, 33), 256)
+    yield vandermonde_case(dtype, (5, 2), 600)
+    yield vandermonde_case(dtype, decay=0.0)
+    yield vandermonde_case(dtype, decay=1e4)
+    yield vandermonde_case(dtype, decay=2.0, turn=1e3)
+    for length in (0, 1, 2, 3, 64, 129):
+        yield vandermonde_case(dtype, (2, 3), length)
+    for shape in ((0, 4), (3, 0), (1, 1), (17, 1)):
+        yield vandermonde_case(dtype, shape, 20)
+
+
 OP_CASES: dict[str, Callable[[torch.dtype], Iterator[OpCase]]] = {
     "linear_scan": linear_scan_cases,
     "gated_scan": gated_scan_cases,
@@ -539,6 +605,7 @@ OP_CASES: dict[str, Callable[[torch.dtype], Iterator[OpCase]]] = {
     "selective_scan": selective_scan_cases,
     "linear_attention": linear_attention_cases,
     "delta_rule": delta_rule_cases,
+    "vandermonde": vandermonde_cases,
 }
 
 

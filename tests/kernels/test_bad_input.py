@@ -7,7 +7,7 @@ import torch
 
 from seqzoo import ops
 from seqzoo.kernels import dispatch
-from seqzoo.ops import causal_conv, gated_scan, linear_scan, long_conv, selective_scan
+from seqzoo.ops import causal_conv, gated_scan, linear_scan, long_conv, selective_scan, vandermonde
 from seqzoo.packing import Packing
 
 B = torch.zeros(2, 5, 3)
@@ -15,6 +15,7 @@ A = torch.zeros(2, 5, 3)
 W = torch.zeros(3, 4)
 # of a selective scan: N = 2
 RATES, READ = -torch.ones(3, 2), torch.zeros(2, 5, 2)
+EXPONENTS, WEIGHTS = torch.zeros(3, 2, dtype=torch.complex128), torch.zeros(3, 2, dtype=torch.complex64)
 
 
 def selective(**changes):
@@ -157,6 +158,21 @@ def ints(*values: int) -> torch.Tensor:
             ValueError,
             r"initial_state must have shape \(S, D, N\) = \(2, 3, 2\), got \(1, 3, 2\)",
         ),
+        (lambda: vandermonde(RATES, WEIGHTS, 4), TypeError, r"exponents must be one of complex128, .*, got float32"),
+        (lambda: vandermonde(EXPONENTS, RATES, 4), TypeError, r"weights must be one of complex128, .*, got float32"),
+        (
+            lambda: vandermonde(EXPONENTS[0], WEIGHTS, 4),
+            ValueError,
+            r"exponents must have 2 dimensions, \(D, N\), got 1",
+        ),
+        (
+            lambda: vandermonde(EXPONENTS, WEIGHTS[:2], 4),
+            ValueError,
+            r"weights must have shape \(D, N\) = \(3, 2\), got \(2, 2\)",
+        ),
+        (lambda: vandermonde(EXPONENTS, WEIGHTS.to("meta"), 4), ValueError, r"weights is on meta, exponents on cpu"),
+        (lambda: vandermonde(EXPONENTS, WEIGHTS, -1), ValueError, r"length must not be negative, got -1"),
+        (lambda: vandermonde(EXPONENTS, WEIGHTS, 4.0), TypeError, r"length must be an int, got float"),
     ],
 )
 def test_bad_input(call, error, words):
@@ -198,6 +214,12 @@ def test_values_are_looked_at_only_when_asked_for():
     with ops.checks(), pytest.raises(ValueError, match=r"u must be finite, got nan at index \(1, 2, 0\)"):
         long_conv(poisoned, W)
     selective(A=-RATES)
+    with ops.checks():
+        vandermonde(EXPONENTS + 1e-6, WEIGHTS, 4)
+        with pytest.raises(ValueError, match=r"exponents must not be positive, got 0.1 at index \(0, 0\)"):
+            vandermonde(EXPONENTS + 0.1, WEIGHTS, 4)
+        with pytest.raises(ValueError, match="weights must be finite"):
+            vandermonde(EXPONENTS, WEIGHTS / 0, 4)
     assert torch.isnan(linear_scan(A, poisoned)[0]).any()
 
 

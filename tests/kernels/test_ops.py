@@ -26,6 +26,7 @@ from seqzoo.testing import (
     linear_scan_case,
     long_conv_case,
     selective_scan_case,
+    vandermonde_case,
 )
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64)
@@ -53,8 +54,7 @@ def able(device: torch.device, dtype: torch.dtype) -> list[str]:
 @pytest.mark.parametrize(("backend", "case"), parity_cases())
 def test_parity(backend: str, case: OpCase, device: torch.device):
     dtype = next(iter(case.tensors.values())).dtype
-    wide = any(tensor is not None and tensor.dtype in WIDE for tensor in case.tensors.values())
-    reason = dispatch.obstacle(backend, device, wide)
+    reason = dispatch.obstacle(backend, device, case.wide)
     if reason is not None:
         with pytest.raises(RuntimeError, match="cannot run"), dispatch.backend(backend):
             case.to(device).call()
@@ -93,6 +93,7 @@ def test_reference_passes_gradcheck(op: str, dtype: torch.dtype):
         causal_conv_case(torch.float64, (0, 0, 2), taps=5, lengths=(2, 0, 6), bias=False, activation=None),
         long_conv_case(torch.float64, (2, 5, 2), taps=3, taps_reverse=7),
         long_conv_case(torch.float64, (2, 5, 2), recompute=True),
+        vandermonde_case(torch.float64, (2, 3), 11),
     ],
     ids=lambda case: f"{case.op} {case.label}",
 )
@@ -278,6 +279,7 @@ SMALL: dict[str, Callable[..., OpCase]] = {
     "selective_scan": selective_scan_case,
     "linear_attention": _matrix_state_case("linear_attention"),
     "delta_rule": _matrix_state_case("delta_rule"),
+    "vandermonde": lambda dtype, shape: vandermonde_case(dtype, shape[1:], 11),
 }
 
 
@@ -311,7 +313,7 @@ def test_the_op_compiles_without_a_break(op: str, backend: str, device: torch.de
 def _penalty(call, x, direction):
     source = x.clone().requires_grad_()
     (first,) = torch.autograd.grad(call(source), source, create_graph=True)
-    return torch.autograd.grad(first.square().sum(), source, allow_unused=True)[0]
+    return torch.autograd.grad(first.abs().square().sum(), source, allow_unused=True)[0]
 
 
 def _dual(call, x, direction):

@@ -1,0 +1,1 @@
+from seqzoo.kernels.vandermonde.op import vandermonde as vandermonde
