@@ -326,6 +326,38 @@ def long_conv_case(
     return OpCase("long_conv", label, tensors, {"recompute": recompute}, fft_errors)
 
 
+def cauchy_case(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int] = (3, 2, 5),
+    *,
+    length: int = 37,
+    conjugate_pairs: bool = True,
+    poles_dtype: torch.dtype | None = None,
+    poles: str = "spread",
+    seed: int = 0,
+) -> OpCase:
+    """Inputs of :func:`seqzoo.ops.cauchy`; ``dtype`` is the weights', ``shape`` (D, M, N).
+
+    The poles are ``"spread"``, ``"far"``, at 50 times the distance of the others, or ``"near"``: 1e-6 beside the nodes.
+    """
+    g = torch.Generator().manual_seed(seed)
+    width, sums, size = shape
+    weights = torch.complex(*(2 * _uniform(g, width, sums, size) - 1 for _ in range(2)))
+    real, imaginary = -0.01 - _uniform(g, width, size), 6 * _uniform(g, width, size) - 3
+    if poles == "far":
+        real, imaginary = 50 * real, 50 * imaginary
+    if poles == "near":
+        node = torch.randint(0, (length + 1) // 2, (width, size), generator=g).to(real)
+        real, imaginary = torch.full_like(real, -1e-6), torch.tan(torch.pi / length * node)
+    values = torch.complex(real, imaginary).to(poles_dtype or dtype)
+    words = [f"{shape}", f"length={length}", "pairs" if conjugate_pairs else "alone", poles, str(dtype).split(".")[1]]
+    words += ["" if poles_dtype is None else f"poles {str(poles_dtype).split('.')[1]}"]
+    tensors: dict[str, Tensor | None] = {"weights": weights.to(dtype), "poles": values}
+    return OpCase(
+        "cauchy", " ".join(filter(None, words)), tensors, {"length": length, "conjugate_pairs": conjugate_pairs}
+    )
+
+
 def selective_scan_case(
     dtype: torch.dtype,
     shape: tuple[int, int, int] = (2, 67, 6),
@@ -597,11 +629,33 @@ def vandermonde_cases(dtype: torch.dtype) -> Iterator[OpCase]:
         yield vandermonde_case(dtype, shape, 20)
 
 
+def cauchy_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``cauchy``: lengths around those where nodes are real, poles near and far, few and many sums.
+
+    In float32 the weights are complex64 beside poles of complex128, as a layer has them; in complex64 both are.
+    """
+    if dtype not in (torch.float32, *COMPLEX_OF.values()):
+        return
+    weights = torch.complex64 if dtype == torch.float32 else dtype
+    poles = torch.complex128 if dtype == torch.float32 else None
+    for pairs in (False, True):
+        for length in (1, 2, 3, 36, 37, 1030):
+            yield cauchy_case(weights, length=length, conjugate_pairs=pairs, poles_dtype=poles)
+        yield cauchy_case(weights, length=36, conjugate_pairs=pairs, poles_dtype=poles, poles="far")
+        if dtype == torch.float32:
+            # in float64 the nodes' own rounding shows there
+            yield cauchy_case(weights, length=36, conjugate_pairs=pairs, poles_dtype=poles, poles="near")
+        # of a single weight the reference's error may be small by chance
+        for shape in ((16, 1, 1), (2, 4, 33), (2, 5, 8), (0, 2, 3), (2, 0, 3), (2, 2, 0)):
+            yield cauchy_case(weights, shape, conjugate_pairs=pairs, poles_dtype=poles)
+
+
 OP_CASES: dict[str, Callable[[torch.dtype], Iterator[OpCase]]] = {
     "linear_scan": linear_scan_cases,
     "gated_scan": gated_scan_cases,
     "causal_conv": causal_conv_cases,
     "long_conv": long_conv_cases,
+    "cauchy": cauchy_cases,
     "selective_scan": selective_scan_cases,
     "linear_attention": linear_attention_cases,
     "delta_rule": delta_rule_cases,

@@ -99,6 +99,17 @@ def test_a_convolution_moves_each_value_once_in_one_launch(recorded):
         assert entry["launches"] == 1, example
 
 
+def test_cauchy_sums_are_moved_once_in_one_launch(recorded):
+    found = [
+        (example, entry) for (_, op, example), entry in entries(recorded) if op == "cauchy" and "length=4096" in example
+    ]
+    assert found
+    for example, entry in found:
+        # 8 bytes a node of every sum, and no quotient
+        assert entry["bytes"] <= 9, example
+        assert entry["launches"] == 1, example
+
+
 def test_a_selective_scan_moves_no_state_a_token(recorded):
     limits = {
         ("one pass", "forward"): (1, 9.1),

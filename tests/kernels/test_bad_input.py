@@ -7,7 +7,7 @@ import torch
 
 from seqzoo import ops
 from seqzoo.kernels import dispatch
-from seqzoo.ops import causal_conv, gated_scan, linear_scan, long_conv, selective_scan, vandermonde
+from seqzoo.ops import cauchy, causal_conv, gated_scan, linear_scan, long_conv, selective_scan, vandermonde
 from seqzoo.packing import Packing
 
 B = torch.zeros(2, 5, 3)
@@ -16,6 +16,8 @@ W = torch.zeros(3, 4)
 # of a selective scan: N = 2
 RATES, READ = -torch.ones(3, 2), torch.zeros(2, 5, 2)
 EXPONENTS, WEIGHTS = torch.zeros(3, 2, dtype=torch.complex128), torch.zeros(3, 2, dtype=torch.complex64)
+# of Cauchy sums: D = 3, M = 2, N = 4
+SUMS, POLES = torch.ones(3, 2, 4, dtype=torch.complex64), -torch.ones(3, 4, dtype=torch.complex128)
 
 
 def selective(**changes):
@@ -126,6 +128,16 @@ def ints(*values: int) -> torch.Tensor:
         ),
         (lambda: long_conv(B, W, kernel_reverse=W.to("meta")), ValueError, r"kernel_reverse is on meta, u on cpu"),
         (lambda: long_conv(B, W, cu_seqlens=ints(0, 5)), TypeError, r"cu_seqlens"),
+        (lambda: cauchy(SUMS.real, POLES, 8), TypeError, r"weights must be one of complex128, complex64, got float32"),
+        (lambda: cauchy([1j], POLES, 8), TypeError, r"weights must be a Tensor, got list"),
+        (lambda: cauchy(SUMS[0], POLES, 8), ValueError, r"weights must have 3 dimensions, \(D, M, N\), got 2"),
+        (lambda: cauchy(SUMS, POLES.real, 8), TypeError, r"poles must be one of .*, got float64"),
+        (lambda: cauchy(SUMS, POLES[0], 8), ValueError, r"poles must have shape \(D, N\) = \(3, 4\), got \(4,\)"),
+        (lambda: cauchy(SUMS, POLES[:, :3], 8), ValueError, r"poles must have shape .*= \(3, 4\), got \(3, 3\)"),
+        (lambda: cauchy(SUMS, POLES.to("meta"), 8), ValueError, r"poles is on meta, weights on cpu"),
+        (lambda: cauchy(SUMS, POLES, 0), ValueError, r"length must be at least 1, got 0"),
+        (lambda: cauchy(SUMS, POLES, 8.0), TypeError, r"length must be an int, got float"),
+        (lambda: cauchy(SUMS, POLES, True), TypeError, r"length must be an int, got bool"),
         (lambda: selective(u=B[0]), ValueError, r"u must have 3 dimensions, \(B, T, D\), got 2"),
         (lambda: selective(delta=A.double()), TypeError, r"delta must be float32 beside u of float32, got float64"),
         (lambda: selective(delta=A[..., :2]), ValueError, r"delta must have shape \(B, T, D\) = \(2, 5, 3\), got"),
@@ -220,6 +232,10 @@ def test_values_are_looked_at_only_when_asked_for():
             vandermonde(EXPONENTS + 0.1, WEIGHTS, 4)
         with pytest.raises(ValueError, match="weights must be finite"):
             vandermonde(EXPONENTS, WEIGHTS / 0, 4)
+    with ops.checks(), pytest.raises(ValueError, match=r"poles must not be positive, got 1.0 at index \(0, 0\)"):
+        cauchy(SUMS, -POLES, 8)
+    with ops.checks(), pytest.raises(ValueError, match="weights must be finite"):
+        cauchy(SUMS / 0, POLES, 8)
     assert torch.isnan(linear_scan(A, poisoned)[0]).any()
 
 

@@ -19,6 +19,7 @@ from seqzoo.testing import (
     OP_CASES,
     OpCase,
     backends,
+    cauchy_case,
     causal_conv_case,
     compare,
     gated_scan_case,
@@ -94,6 +95,8 @@ def test_reference_passes_gradcheck(op: str, dtype: torch.dtype):
         long_conv_case(torch.float64, (2, 5, 2), taps=3, taps_reverse=7),
         long_conv_case(torch.float64, (2, 5, 2), recompute=True),
         vandermonde_case(torch.float64, (2, 3), 11),
+        cauchy_case(torch.complex128, (2, 2, 3), length=6),
+        cauchy_case(torch.complex128, (2, 2, 3), length=7, conjugate_pairs=False),
     ],
     ids=lambda case: f"{case.op} {case.label}",
 )

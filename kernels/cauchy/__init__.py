@@ -1,0 +1,1 @@
+from seqzoo.kernels.cauchy.op import cauchy as cauchy
