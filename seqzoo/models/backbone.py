@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.checks import accumulator
 from seqzoo.mixer import State
 from seqzoo.models.block import Block
-from seqzoo.models.config import ModelConfig
+from seqzoo.models.config import BackboneConfig
 from seqzoo.models.positions import LearnedPositions
 from seqzoo.modules.norm import NORMS
 from seqzoo.packing import Packing, check_form
@@ -27,7 +27,7 @@ class Backbone(nn.Module):
         config: What to build.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
         branches = config.n_layers * (1 if config.mlp == "none" else 2)

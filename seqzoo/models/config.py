@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from seqzoo.layers import Bidirectional
 from seqzoo.mixer import SequenceMixer, create, nearest
 from seqzoo.modules.mlp import MLPS
 from seqzoo.modules.norm import EPS, NORMS
@@ -20,15 +21,14 @@ from seqzoo.version import __version__
 FORMAT = 2
 CHOICES = {"mlp": (*MLPS, "none"), "norm": tuple(NORMS), "norm_position": ("pre", "post")}
 
-_Config = TypeVar("_Config", bound="ModelConfig")
+_Config = TypeVar("_Config", bound="BackboneConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Everything that a model is built from.
+class BackboneConfig:
+    """What the stack of blocks of a model is built from.
 
     Attributes:
-        vocab_size: Tokens of the vocabulary.
         d_model: Width.
         n_layers: Blocks.
         pattern: The mixers: a registered name, or a list that repeats over the blocks, of names and of mappings with a
@@ -41,7 +41,6 @@ class ModelConfig:
         norm_position: ``"pre"``, before mixer and MLP, or ``"post"``, after the residual.
         residual_in_fp32: Whether a model of float16 or bfloat16 parameters sums its branches in float32; with
             ``norm_position="pre"`` alone.
-        tie_embeddings: Whether the output layer is the embedding's matrix.
         dropout: Probability with which the outputs of mixers and MLPs are dropped in training.
         max_positions: Longest sequence of a model with learned positions; None means without.
         auxiliary_weight: Factor of the mixers' auxiliary losses in the loss.
@@ -52,7 +51,6 @@ class ModelConfig:
         ValueError: If a value is out of range, or there is no mixer of that name.
     """
 
-    vocab_size: int
     d_model: int
     n_layers: int
     pattern: str | list[str | dict[str, Any]]
@@ -62,7 +60,6 @@ class ModelConfig:
     norm_eps: float = EPS
     norm_position: str = "pre"
     residual_in_fp32: bool = False
-    tie_embeddings: bool = True
     dropout: float = 0.0
     max_positions: int | None = None
     auxiliary_weight: float = 0.01
@@ -71,15 +68,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_format(self.format)
         object.__setattr__(self, "format", FORMAT)
-        for name in ("vocab_size", "d_model", "n_layers"):
+        for name in ("d_model", "n_layers"):
             _check_integer(name, getattr(self, name))
         if self.max_positions is not None:
             _check_integer("max_positions", self.max_positions)
         for name, known in CHOICES.items():
             _check_choice(name, getattr(self, name), known)
-        for name in ("tie_embeddings", "residual_in_fp32"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        _check_flag("residual_in_fp32", self.residual_in_fp32)
         if self.residual_in_fp32 and self.norm_position != "pre":
             raise ValueError(
                 f"residual_in_fp32 needs norm_position='pre', got {self.norm_position!r}, whose residual is a norm's "
@@ -158,6 +153,65 @@ class ModelConfig:
         return cls.from_dict(values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(BackboneConfig):
+    """What a language model is built from: :class:`BackboneConfig`, and
+
+    Attributes:
+        vocab_size: Tokens of the vocabulary.
+        tie_embeddings: Whether the output layer is the embedding's matrix.
+    """
+
+    vocab_size: int
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_integer("vocab_size", self.vocab_size)
+        _check_flag("tie_embeddings", self.tie_embeddings)
+
+
+POOLINGS = ("mean", "last", "first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(BackboneConfig):
+    """What a classifier of sequences is built from: :class:`BackboneConfig`, and
+
+    Attributes:
+        n_classes: Classes.
+        vocab_size: Tokens of the vocabulary, where sequences are of tokens; else None.
+        n_features: Numbers that every position holds, where sequences are of those; else None.
+        pooling: What of a sequence's outputs is classified: their ``"mean"``, the ``"last"`` or the ``"first"``.
+        bidirectional: Whether every mixer runs from both ends, as the sum of two (:class:`seqzoo.Bidirectional`).
+    """
+
+    n_classes: int
+    vocab_size: int | None = None
+    n_features: int | None = None
+    pooling: str = "mean"
+    bidirectional: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_integer("n_classes", self.n_classes)
+        if (self.vocab_size is None) == (self.n_features is None):
+            raise ValueError(
+                "a classifier reads tokens or numbers: give vocab_size or n_features, one of them, got "
+                f"{self.vocab_size} and {self.n_features}"
+            )
+        for name in ("vocab_size", "n_features"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name))
+        _check_choice("pooling", self.pooling, POOLINGS)
+        _check_flag("bidirectional", self.bidirectional)
+
+    def mixers(self) -> list[SequenceMixer]:
+        """Builds the mixer of every block, from both ends where that is asked for."""
+        mixers = super().mixers()
+        return [Bidirectional(mixer) for mixer in mixers] if self.bidirectional else mixers
+
+
 def build_mixer(entry: str | Mapping[str, Any], d_model: int) -> SequenceMixer:
     """Builds the mixer that an entry of a pattern describes.
 
@@ -202,6 +256,11 @@ def _check_integer(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
 def _check_number(name: str, value: Any, below: float = math.inf) -> None:

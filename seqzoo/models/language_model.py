@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +11,10 @@ from torch import Tensor, nn
 from seqzoo.mixer import State
 from seqzoo.models.backbone import Backbone
 from seqzoo.models.config import ModelConfig
-from seqzoo.models.padding import Padding
+from seqzoo.models.padding import Inputs, check_ids, embed, unpad
 from seqzoo.models.registry import register_model
 from seqzoo.modules.linear_cross_entropy import linear_cross_entropy
-from seqzoo.packing import Packing, check_form
-
-
-class _Inputs(NamedTuple):
-    """Tokens as the backbone takes them, and the padding that was taken out."""
-
-    ids: Tensor
-    packing: Packing | None
-    padding: Padding | None
+from seqzoo.packing import Packing
 
 
 @register_model("language_model")
@@ -113,7 +104,7 @@ class LanguageModel(nn.Module):
             ValueError: If the labels have another shape than ``ids``, or as :meth:`forward` does.
         """
         inputs = self._inputs(ids, cu_seqlens, lengths, attention_mask)
-        _check_ids("labels", labels)
+        check_ids("labels", labels)
         if labels.shape != ids.shape:
             raise ValueError(f"labels must have the shape of ids, {tuple(ids.shape)}, got {tuple(labels.shape)}")
         hidden, after, auxiliary = self._hidden(inputs, state, return_state)
@@ -126,8 +117,8 @@ class LanguageModel(nn.Module):
 
     def step(self, ids: Tensor, state: Sequence[State]) -> tuple[Tensor, list[State]]:
         """Decodes one token: ids ``(B,)`` and a state to logits ``(B, V)`` and the next state."""
-        _check_ids("ids", ids, 1, "(B,)")
-        hidden, after = self.backbone.step(self._embed(ids), state)
+        check_ids("ids", ids, 1, "(B,)")
+        hidden, after = self.backbone.step(embed(self.embedding, ids), state)
         return self.logits(hidden), after
 
     def prefill(self, ids: Tensor, cu_seqlens: Tensor | Packing | None = None) -> tuple[Tensor, list[State]]:
@@ -176,45 +167,13 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | Packing | None,
         lengths: Sequence[int] | Tensor | None,
         attention_mask: Tensor | None,
-    ) -> _Inputs:
-        _check_ids("ids", ids, 2, "(B, T)")
-        given = {"cu_seqlens": cu_seqlens, "lengths": lengths, "attention_mask": attention_mask}
-        names = [name for name, value in given.items() if value is not None]
-        if len(names) > 1:
-            raise ValueError(
-                f"at most one of cu_seqlens, lengths and attention_mask may be given, got {', '.join(names)}"
-            )
-        padding = None
-        if lengths is not None:
-            padding = Padding.from_lengths(lengths, ids)
-        elif attention_mask is not None:
-            padding = Padding.from_mask(attention_mask, ids)
-        if padding is not None:
-            return _Inputs(padding.pack(ids), padding.packing, padding)
-        if cu_seqlens is None:
-            return _Inputs(ids, None, None)
-        bare = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, Packing) else cu_seqlens
-        check_form(bare, ids.shape[0], ids.device)
-        return _Inputs(ids, Packing.from_cu_seqlens(cu_seqlens, ids.shape[1]), None)
+    ) -> Inputs:
+        check_ids("ids", ids, 2, "(B, T)")
+        return unpad(ids, cu_seqlens, lengths, attention_mask)
 
     def _hidden(
-        self, inputs: _Inputs, state: Sequence[State] | None, return_state: bool
+        self, inputs: Inputs, state: Sequence[State] | None, return_state: bool
     ) -> tuple[Tensor, list[State] | None, Tensor]:
-        return self.backbone(self._embed(inputs.ids), state, cu_seqlens=inputs.packing, return_state=return_state)
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        try:
-            return self.embedding(ids)
-        except IndexError as error:
-            raise ValueError(
-                f"ids must lie between 0 and {self.config.vocab_size - 1}, got {int(ids.min())} to {int(ids.max())}"
-            ) from error
-
-
-def _check_ids(name: str, ids: Tensor, rank: int | None = None, letters: str = "") -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(ids).__name__}")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
-    if rank is not None and ids.dim() != rank:
-        raise ValueError(f"{name} must have shape {letters}, got {tuple(ids.shape)}")
+        return self.backbone(
+            embed(self.embedding, inputs.tokens), state, cu_seqlens=inputs.packing, return_state=return_state
+        )

@@ -16,8 +16,8 @@ _Model = TypeVar("_Model", bound=type[nn.Module])
 def register_model(name: str) -> Callable[[_Model], _Model]:
     """Class decorator under which a kind of model can be saved and loaded.
 
-    The class is built from one argument, an instance of its ``config_class`` (ModelConfig, or a dataclass that extends
-    it), keeps it as ``config``, and has ``reset_parameters``.
+    The class is built from one argument, an instance of its ``config_class`` (a dataclass that extends
+    BackboneConfig), keeps it as ``config``, and has ``reset_parameters``.
     """
 
     def enter(model: _Model) -> _Model:
