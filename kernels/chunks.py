@@ -12,54 +12,73 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
+def chunk_length(limit: int, total: int, sequences: int) -> int:
+    """The power of two at or above the mean length of a sequence, at most ``limit``."""
+    mean = -(-total // max(1, sequences))
+    return min(limit, 1 << max(0, mean - 1).bit_length())
+
+
 class Chunks:
     """Where the tokens of a batch, dense or packed, are in chunks that each lie in one sequence.
 
-    Tokens that fill up a chunk are zero. Of packed sequences nothing is read on the host: there are as many chunks as
+    Tokens that fill up a sequence's last chunk are zero; with ``ragged_first`` its first one, so that all the others,
+    the last among them, are full. Of packed sequences nothing is read on the host: there are as many chunks as
     sequences of any lengths might need, and some remain empty.
 
     Attributes:
-        size: C, the tokens of a chunk: a power of two, at most ``most``, and not far above a sequence's mean length.
+        size: C, the tokens of a chunk.
+        missing: How many tokens a sequence lacks of whole chunks, ``(S,)``.
         rows: The sequence of every chunk, ``(N, B)``.
         first: Whether it is the sequence's first, ``(N, B)``.
         last: Whether it is the sequence's last, ``(N, B)``.
     """
 
     def __init__(
-        self, batch: int, total: int, cu_seqlens: Tensor | None, most: int, device: torch.device | None = None
+        self,
+        batch: int,
+        total: int,
+        cu_seqlens: Tensor | None,
+        size: int,
+        device: torch.device | None = None,
+        ragged_first: bool = False,
     ) -> None:
-        self.batch, self.total = batch, total
+        self.batch, self.total, self.ragged_first = batch, total, ragged_first
         sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        mean = -(-total // sequences)
-        self.size = min(most, 1 << max(0, mean - 1).bit_length())
+        self.size = size
         if cu_seqlens is None:
             self.number = -(-total // self.size)
             self.rows = torch.arange(batch, device=device).expand(self.number, batch)
             index = torch.arange(self.number, device=device)[:, None].expand(self.number, batch)
             self.first, self.last = index == 0, index == self.number - 1
             self._places = None
+            self.missing = torch.full((batch,), self.number * self.size - total, device=device)
             return
         bounds = cu_seqlens.to(torch.int64)
         self.number = (total + sequences * (self.size - 1)) // self.size
-        ends = ((bounds.diff() + self.size - 1) // self.size).cumsum(0)
-        starts = ends - ends.diff(prepend=ends.new_zeros(1))
+        counts = (bounds.diff() + self.size - 1) // self.size
+        ends = counts.cumsum(0)
+        starts = ends - counts
+        self.missing = counts * self.size - bounds.diff()
+        shift = self.missing if ragged_first else torch.zeros_like(self.missing)
         chunks = torch.arange(self.number, device=device)
         # the chunks that remain are beyond the end of the last sequence
         rows = torch.bucketize(chunks, ends, right=True).clamp(max=sequences - 1)
         index = chunks - starts[rows]
-        tokens = (bounds[rows] + index * self.size)[:, None] + torch.arange(self.size, device=device)
+        tokens = (bounds[rows] - shift[rows] + index * self.size)[:, None] + torch.arange(self.size, device=device)
         self.rows, self.last = rows[:, None], (chunks == ends[rows] - 1)[:, None]
         self.first = ((index == 0) & (chunks < ends[-1]))[:, None]
-        self._filled = (tokens < bounds[rows + 1, None])[:, None, None, :, None]
-        self._sources = tokens.clamp(max=max(total - 1, 0)).flatten()
+        self._filled = ((tokens >= bounds[rows, None]) & (tokens < bounds[rows + 1, None]))[:, None, None, :, None]
+        self._sources = tokens.clamp(min=0, max=max(total - 1, 0)).flatten()
         row = torch.bucketize(torch.arange(total, device=device), bounds[1:], right=True)
-        self._places = torch.arange(total, device=device) - bounds[row] + starts[row] * self.size
+        self._places = torch.arange(total, device=device) - bounds[row] + shift[row] + starts[row] * self.size
 
     def cut(self, values: Tensor) -> Tensor:
         """``(B, T, H, X)`` as ``(N, B, H, C, X)``."""
         if self._places is None:
             extra = self.number * self.size - self.total
-            values = pad(values, (0, 0, 0, 0, 0, extra)) if extra else values
+            # a compiled graph is for all lengths
+            if torch.compiler.is_compiling() or extra:
+                values = pad(values, (0, 0, 0, 0, *((extra, 0) if self.ragged_first else (0, extra))))
             return values.unflatten(1, (self.number, self.size)).permute(1, 0, 3, 2, 4)
         if self.total == 0:
             return values.new_zeros((self.number, 1, values.shape[2], self.size, values.shape[3]))
@@ -69,7 +88,9 @@ class Chunks:
     def join(self, values: Tensor) -> Tensor:
         """``(N, B, H, C, X)`` as ``(B, T, H, X)``."""
         if self._places is None:
-            return values.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : self.total]
+            extra = self.number * self.size - self.total
+            first = extra if self.ragged_first else 0
+            return values.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, first : first + self.total]
         return values.transpose(2, 3).flatten(0, 2).index_select(0, self._places)[None]
 
     def enter(self, chunk: int, given: Tensor, carry: Tensor) -> Tensor:

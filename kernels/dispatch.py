@@ -143,6 +143,16 @@ def choose(device: torch.device, wide: bool, requested: str | None = None) -> tu
     return "chunked", reason
 
 
+def require(device: torch.device, wide: bool) -> None:
+    """What an op calls that is made of others and of PyTorch's own.
+
+    Raises:
+        RuntimeError: If an implementation is asked for by name that cannot run. In compiled code the others raise.
+    """
+    if slot.backend is not None and not torch.compiler.is_compiling():
+        choose(device, wide, slot.backend)
+
+
 def chosen(requested: str, *tensors: Tensor | None) -> str:
     """The implementation for a call on these tensors; ``requested`` is empty for the choice by device."""
     present = [tensor for tensor in tensors if tensor is not None]

@@ -10,4 +10,6 @@ from seqzoo.kernels.linear_attention import linear_attention as linear_attention
 from seqzoo.kernels.linear_scan import linear_scan as linear_scan
 from seqzoo.kernels.long_conv import long_conv as long_conv
 from seqzoo.kernels.selective_scan import selective_scan as selective_scan
+from seqzoo.kernels.ssm_kernel import ssm_kernel as ssm_kernel
+from seqzoo.kernels.ssm_scan import ssm_scan as ssm_scan
 from seqzoo.kernels.vandermonde import vandermonde as vandermonde

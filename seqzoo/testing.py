@@ -8,7 +8,7 @@ method costs where that is another than the reference's (an FFT's errors are as 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,15 +40,17 @@ class OpCase:
         label: What is peculiar to the call.
         tensors: Its differentiable tensors, by argument name.
         options: The rest of its arguments.
-        allowance: From the tensors and the outputs' cotangents to the errors that the op's method may make beyond those
-            of its reference, by name of the result; none when omitted.
+        allowance: From the tensors, the outputs' cotangents and the exact results to the errors that the op's method
+            may make beyond those of its reference, by name of the result; none when omitted.
+        groups: Arguments that are tuples, and the names in ``tensors`` of what they hold.
     """
 
     op: str
     label: str
     tensors: dict[str, Tensor | None]
     options: dict[str, Any]
-    allowance: Callable[[dict[str, Tensor | None], list[Tensor]], dict[str, float]] | None = None
+    allowance: Callable[[dict[str, Tensor | None], list[Tensor], dict[str, Tensor]], dict[str, float]] | None = None
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def widened(self) -> OpCase:
         """The same call in float64."""
@@ -72,7 +74,10 @@ class OpCase:
 
     def call(self, tensors: dict[str, Tensor | None] | None = None) -> tuple[Tensor, ...]:
         """Calls the op; a single output counts as a tuple of one."""
-        outputs = getattr(ops, self.op)(**(self.tensors if tensors is None else tensors), **self.options)
+        arguments: dict[str, Any] = dict(self.tensors if tensors is None else tensors)
+        for name, parts in self.groups.items():
+            arguments[name] = tuple(arguments.pop(part) for part in parts)
+        outputs = getattr(ops, self.op)(**arguments, **self.options)
         return (outputs,) if isinstance(outputs, Tensor) else outputs
 
     def run(self, backend: str | None = None, seed: int = 0) -> dict[str, Tensor]:
@@ -97,7 +102,8 @@ class OpCase:
         if self.allowance is None:
             return {}
         outputs = [value for name, value in results.items() if name.startswith("output")]
-        return self.allowance(self.tensors, [_cotangent(output, seed + i) for i, output in enumerate(outputs)])
+        cotangents = [_cotangent(output, seed + i) for i, output in enumerate(outputs)]
+        return self.allowance(self.tensors, cotangents, results)
 
 
 def _cotangent(output: Tensor, seed: int) -> Tensor:
@@ -280,7 +286,9 @@ def causal_conv_case(
     return OpCase("causal_conv", " ".join(filter(None, words)), tensors, options)
 
 
-def fft_errors(tensors: dict[str, Tensor | None], cotangents: list[Tensor]) -> dict[str, float]:
+def fft_errors(
+    tensors: dict[str, Tensor | None], cotangents: list[Tensor], results: dict[str, Tensor]
+) -> dict[str, float]:
     """What FFTs may add to the errors of ``long_conv``, which spread over a whole channel.
 
     With eps of the precision of the computation and k both kernels side by side: ``8 eps max|u| |k|_1`` for y, and for
@@ -438,6 +446,126 @@ def selective_scan_cases(dtype: torch.dtype) -> Iterator[OpCase]:
         yield selective_scan_case(dtype, shape, size=2)
     if dtype in HALF:
         yield selective_scan_case(dtype, step_dtype=torch.float32)
+
+
+def state_spaces(
+    kind: torch.dtype, width: int, size: int, rank: int | None, generator: torch.Generator
+) -> dict[str, Tensor | None]:
+    """Poles, b, c, steps and what makes up a low rank, of complex dtype ``kind``; a rank of 0 has no dimension of R."""
+
+    def drawn(*extent: int) -> Tensor:
+        return torch.complex(2 * _uniform(generator, *extent) - 1, 2 * _uniform(generator, *extent) - 1).to(kind)
+
+    poles = torch.complex(-0.05 - _uniform(generator, width, size), 12 * _uniform(generator, width, size) - 6)
+    step = 0.02 + 0.3 * _uniform(generator, width)
+    tensors: dict[str, Tensor | None] = {
+        "poles": poles.to(kind),
+        "b": drawn(width, size),
+        "c": drawn(width, size),
+        "step": step.to(kind.to_real()),
+    }
+    if rank is not None:
+        p = drawn(width, size) if rank == 0 else drawn(width, rank, size)
+        # equal ones only take from the states' energy
+        tensors |= {"p": 0.3 * p, "q": 0.3 * p.clone()}
+    return tensors
+
+
+def generating_errors(
+    tensors: dict[str, Tensor | None], cotangents: list[Tensor], results: dict[str, Tensor]
+) -> dict[str, float]:
+    """What ``ssm_kernel`` may be off by where it has a generating function transformed, not powers summed up.
+
+    Sums, quotients and a transform round some 16 times, each what is at most the kernel's sum of magnitudes.
+    """
+    poles = tensors["poles"]
+    if poles is None or results["output 0"].numel() == 0:
+        return {}
+    unit = 16 * torch.finfo(poles.dtype).eps
+    found = {name: unit * value.abs().max().item() for name, value in results.items() if value.numel()}
+    return found | {"output 0": unit * results["output 0"].abs().sum(1).max().item()}
+
+
+def ssm_kernel_case(
+    dtype: torch.dtype,
+    shape: tuple[int, int] = (3, 4),
+    *,
+    length: int = 67,
+    rank: int | None = None,
+    discretisation: str = "zoh",
+    conjugate_pairs: bool = False,
+    seed: int = 0,
+) -> OpCase:
+    """Inputs of :func:`seqzoo.ops.ssm_kernel`, of D channels and N states, for a kernel of real ``dtype``."""
+    tensors = state_spaces(COMPLEX_OF[dtype], *shape, rank, torch.Generator().manual_seed(seed))
+    options = {"length": length, "discretisation": discretisation, "conjugate_pairs": conjugate_pairs}
+    words = [f"{shape} L={length}", discretisation, "" if rank is None else f"rank={rank}"]
+    words += ["pairs" if conjugate_pairs else "", str(dtype).split(".")[1]]
+    label = " ".join(filter(None, words))
+    if rank is None:
+        return OpCase("ssm_kernel", label, tensors, options)
+    return OpCase("ssm_kernel", label, tensors, options, generating_errors, {"low_rank": ("p", "q")})
+
+
+def ssm_kernel_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``ssm_kernel``: both discretisations, low ranks, one of each conjugate pair, all lengths."""
+    if dtype not in COMPLEX_OF:
+        return
+    for discretisation, rank in (("zoh", None), ("bilinear", None), ("bilinear", 0), ("bilinear", 2)):
+        for pairs in (False, True):
+            yield ssm_kernel_case(dtype, rank=rank, discretisation=discretisation, conjugate_pairs=pairs)
+    for length in (0, 1, 2, 64):
+        yield ssm_kernel_case(dtype, (2, 1), length=length)
+        yield ssm_kernel_case(dtype, (2, 2), length=length, rank=1, discretisation="bilinear", conjugate_pairs=True)
+    yield ssm_kernel_case(dtype, (0, 2), rank=0, discretisation="bilinear")
+    yield ssm_kernel_case(dtype, (2, 0))
+
+
+def ssm_scan_case(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int] = (2, 67, 3),
+    *,
+    size: int = 4,
+    rank: int | None = None,
+    discretisation: str = "zoh",
+    conjugate_pairs: bool = False,
+    lengths: Sequence[int] | None = None,
+    state: bool = True,
+    seed: int = 0,
+) -> OpCase:
+    """Inputs of :func:`seqzoo.ops.ssm_scan`; with ``lengths`` packed, the shape's B and T are then theirs."""
+    g = torch.Generator().manual_seed(seed)
+    batch, total, width = shape if lengths is None else (1, sum(lengths), shape[2])
+    rows = batch if lengths is None else len(lengths)
+    kind = COMPLEX_OF[accumulator(dtype)]
+    before = torch.complex(_uniform(g, rows, width, size) - 0.5, _uniform(g, rows, width, size) - 0.5).to(kind)
+    tensors = {"u": (2 * _uniform(g, batch, total, width) - 1).to(dtype)} | state_spaces(kind, width, size, rank, g)
+    tensors["initial_state"] = before if state else None
+    options = {"discretisation": discretisation, "conjugate_pairs": conjugate_pairs}
+    options["cu_seqlens"] = None if lengths is None else boundaries(lengths)
+    words = ["packed" if lengths is not None else f"{shape}", f"N={size}", discretisation]
+    words += ["" if rank is None else f"rank={rank}", "pairs" if conjugate_pairs else "", "state" if state else ""]
+    groups = {} if rank is None else {"low_rank": ("p", "q")}
+    label = " ".join(filter(None, [*words, str(dtype).split(".")[1]]))
+    return OpCase("ssm_scan", label, tensors, options, groups=groups)
+
+
+def ssm_scan_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``ssm_scan``: diagonal and with a low rank, dense and packed, one token, sequences of any chunks."""
+    if dtype.is_complex:
+        return
+    for rank in (None, 0):
+        form = {"rank": rank, "discretisation": "zoh" if rank is None else "bilinear"}
+        for pairs in (False, True):
+            yield ssm_scan_case(dtype, conjugate_pairs=pairs, **form)
+            yield ssm_scan_case(dtype, lengths=LENGTHS, conjugate_pairs=pairs, **form)
+            yield ssm_scan_case(dtype, (2, 1, 2), conjugate_pairs=pairs, **form)
+        yield ssm_scan_case(dtype, lengths=LENGTHS, state=False, **form)
+        yield ssm_scan_case(dtype, (1, 130, 2), state=False, **form)
+        for shape in ((1, 1, 3), (2, 0, 3), (1, 64, 5), (0, 4, 3), (2, 3, 0)):
+            yield ssm_scan_case(dtype, shape, size=2, **form)
+    yield ssm_scan_case(dtype, rank=2, discretisation="bilinear", conjugate_pairs=True)
+    yield ssm_scan_case(dtype, (1, 70, 2), discretisation="bilinear")
 
 
 def linear_attention_case(
@@ -660,6 +788,8 @@ OP_CASES: dict[str, Callable[[torch.dtype], Iterator[OpCase]]] = {
     "linear_attention": linear_attention_cases,
     "delta_rule": delta_rule_cases,
     "vandermonde": vandermonde_cases,
+    "ssm_kernel": ssm_kernel_cases,
+    "ssm_scan": ssm_scan_cases,
 }
 
 
@@ -745,6 +875,9 @@ SPEAKERS = {
     "selective_scan": "mamba",
     "linear_attention": "gla",
     "delta_rule": "gated_deltanet",
+    "long_conv": "s4d",
+    "vandermonde": "s4d",
+    "cauchy": "s4",
 }
 
 

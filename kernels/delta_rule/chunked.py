@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.checks import accumulator
-from seqzoo.kernels.chunks import Chunks, Decay, KeyDecay
+from seqzoo.kernels.chunks import Chunks, Decay, KeyDecay, chunk_length
 from seqzoo.kernels.delta_rule.reference import delta_rule
 from seqzoo.kernels.dispatch import check_boundaries
 
@@ -71,7 +71,8 @@ def _solve(
     scale: float,
 ) -> _Solved:
     batch, total, heads, _ = v.shape
-    chunks = Chunks(batch, total, cu_seqlens, CHUNK[given.dtype], q.device)
+    size = chunk_length(CHUNK[given.dtype], total, 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    chunks = Chunks(batch, total, cu_seqlens, size, q.device)
 
     def cut(value: Tensor) -> Tensor:
         return chunks.cut(value.to(given.dtype))

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from seqzoo.kernels.checks import accumulator
+from seqzoo.kernels.chunks import chunk_length
 from seqzoo.kernels.dispatch import check_boundaries
 
 # tokens of a chunk: with one decay a head, and with one a key, where the pairs are not matrix products
@@ -109,12 +110,6 @@ class Added:
     writing: Tensor
     passing: Tensor | None
     states: Tensor
-
-
-def chunk_length(limit: int, total: int, sequences: int) -> int:
-    """The power of two at or above the mean length of a sequence, at most ``limit``."""
-    mean = -(-total // max(1, sequences))
-    return min(limit, 1 << (mean - 1).bit_length())
 
 
 def forward(

@@ -11,6 +11,7 @@ for _module in sorted(info.name for info in _pkgutil.iter_modules(__path__)):
 
 from seqzoo.layers.bidirectional import Bidirectional as Bidirectional
 from seqzoo.layers.deltanet import DeltaNet as DeltaNet
+from seqzoo.layers.dss import DSS as DSS
 from seqzoo.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from seqzoo.layers.gateloop import GateLoop as GateLoop
 from seqzoo.layers.gla import GLA as GLA
@@ -20,6 +21,7 @@ from seqzoo.layers.kda import KimiDeltaAttention as KimiDeltaAttention
 from seqzoo.layers.lightning_attention import LightningAttention as LightningAttention
 from seqzoo.layers.linear_attention import LinearAttention as LinearAttention
 from seqzoo.layers.longhorn import Longhorn as Longhorn
+from seqzoo.layers.lru import LRU as LRU
 from seqzoo.layers.mamba import Mamba as Mamba
 from seqzoo.layers.mamba2 import Mamba2 as Mamba2
 from seqzoo.layers.min_gru import MinGRU as MinGRU
@@ -28,3 +30,6 @@ from seqzoo.layers.mlstm import MLSTM as MLSTM
 from seqzoo.layers.mom import MixtureOfMemories as MixtureOfMemories
 from seqzoo.layers.retnet import RetNet as RetNet
 from seqzoo.layers.rglru import RGLRU as RGLRU
+from seqzoo.layers.s4 import S4 as S4
+from seqzoo.layers.s4d import S4D as S4D
+from seqzoo.layers.s5 import S5 as S5

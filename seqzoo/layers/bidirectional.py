@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ class Bidirectional(SequenceMixer):
     "Bidirectional Recurrent Neural Networks" (Schuster and Paliwal, 1997). It reads the future, so it neither decodes
     nor takes or returns a state.
 
-    The sum of two convolutions (S4, S4D, DSS, LongConv) is one with a kernel of two sides: it is made before the map that
-    follows them, which is ``mixer``'s, as in S4 (https://arxiv.org/abs/2111.00396). The other one then has none.
+    The sum of two convolutions (S4, S4D, DSS, LongConv) is one with a kernel of two sides. It is made before the map
+    that follows them, which is ``mixer``'s, as in S4 (https://arxiv.org/abs/2111.00396); the other one then has none.
 
     Args:
         mixer: Reads from the first token to the last.
@@ -69,8 +69,8 @@ class Bidirectional(SequenceMixer):
 
     def mix(self, x: Tensor, state: State | None, packing: Packing | None, return_state: bool) -> Mixed:
         """Both directions, merged."""
-        if self.joint:
-            return Mixed(self.mixer.mix_both(self.mixer_reverse, x, packing))
+        if self.joint and isinstance(self.mixer, ConvolutionMixer):
+            return Mixed(self.mixer.mix_both(cast("ConvolutionMixer", self.mixer_reverse), x, packing))
         forward = self._one(self.mixer, x, packing)
         turned = self._one(self.mixer_reverse, _reverse(x, packing), packing)
         backward = _reverse(turned.y, packing)

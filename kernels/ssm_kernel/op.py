@@ -1,0 +1,149 @@
+"""The public ``ssm_kernel``: its documentation and the formulas between its parameters and the ops that sum them up."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.cauchy import cauchy
+from seqzoo.kernels.dispatch import require, slot
+from seqzoo.kernels.matrix_scan import row_power
+from seqzoo.kernels.ssm_kernel.discretise import (
+    REAL_OF,
+    StateSpace,
+    as_reader,
+    diagonal_steps,
+    from_reader,
+    low_rank_steps,
+    state_space,
+)
+from seqzoo.kernels.vandermonde import vandermonde
+
+
+def ssm_kernel(
+    poles: Tensor,
+    b: Tensor,
+    c: Tensor,
+    step: Tensor,
+    length: int,
+    *,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    discretisation: str = "zoh",
+    conjugate_pairs: bool = False,
+) -> Tensor:
+    """The convolution kernel of state spaces ``x' = A x + b u``, ``y = Re(c x)``, one a channel, in steps.
+
+    ``K_l = Re(c A_d^l b_d)`` with A_d and b_d the discretised A and b. A is ``diag(poles)``, as in S4D
+    (https://arxiv.org/abs/2206.11893, section 3), and the kernel a product with a Vandermonde matrix; or
+    ``diag(poles) - sum_r p_r q_r^*``, as in S4 (https://arxiv.org/abs/2111.00396, section 3), and its generating
+    function a few products with a Cauchy matrix. Neither matrix is ever stored. Powers and nodes are made in float64.
+    c is that of the state space: it is truncated here, for the length asked for.
+
+    Args:
+        poles: ``(D, N)``, complex64 or complex128, with real parts that are not positive.
+        b: ``(D, N)``, of the poles' dtype, as all that follow.
+        c: ``(D, N)``, a row: it is not conjugated.
+        step: ``(D,)``, real, positive: the time between two tokens.
+        length: How many taps.
+        low_rank: p and q, each ``(D, N)`` or ``(D, R, N)``; q is conjugated. Needs ``"bilinear"``.
+        discretisation: ``"zoh"``, where the input is constant between tokens: ``A_d = exp(step A)``; or ``"bilinear"``,
+            ``A_d = (I - step / 2 A)^-1 (I + step / 2 A)``.
+        conjugate_pairs: Whether the N states stand for 2 N: all that is given, and its conjugate. Every sum over states
+            then has both, and is real.
+
+    Returns:
+        kernel: ``(D, length)``, float32, or float64 for complex128.
+
+    Raises:
+        TypeError: If a dtype is none of those above.
+        ValueError: If shapes or devices disagree, the discretisation is unknown, or it is not ``"bilinear"`` with a low
+            rank; under ``seqzoo.ops.checks`` if a pole's real part is positive or a step not.
+        RuntimeError: If an implementation asked for by name cannot run; if it is differentiated twice, forward or under
+            ``torch.func``, which ``backend("reference")`` allows.
+
+    Example:
+        >>> import torch
+        >>> from seqzoo.ops import ssm_kernel
+        >>> poles, ones = torch.full((1, 1), -1.0 + 0j), torch.ones(1, 1, dtype=torch.complex64)
+        >>> ssm_kernel(poles, ones, ones, torch.full((1,), 0.5), 3, discretisation="bilinear")
+        tensor([[0.4000, 0.2400, 0.1440]])
+    """
+    space = state_space(poles, b, c, step, low_rank, discretisation, conjugate_pairs)
+    if length < 0:
+        raise ValueError(f"length must not be negative, got {length}")
+    if slot.backend == "reference":
+        from seqzoo.kernels.ssm_kernel import reference
+
+        return reference.ssm_kernel(narrowed(space, poles.dtype), length).to(REAL_OF[poles.dtype])
+    require(poles.device, poles.dtype == torch.complex128)
+    if space.low_rank is None:
+        exponents, inputs = diagonal_steps(space)
+        return vandermonde(exponents, (space.readout * inputs).to(poles.dtype), length)
+    if length == 0 or poles.numel() == 0:
+        return poles.real.new_zeros((poles.shape[0], length))
+    return _low_rank_kernel(space, length, poles.dtype)
+
+
+def narrowed(space: StateSpace, dtype: torch.dtype) -> StateSpace:
+    """The space in the precision that it was given in, for what the tolerance is derived from."""
+    pair = None if space.low_rank is None else (space.low_rank[0].to(dtype), space.low_rank[1].to(dtype))
+    return space._replace(
+        poles=space.poles.to(dtype),
+        b=space.b.to(dtype),
+        c=space.c.to(dtype),
+        step=space.step.to(REAL_OF[dtype]),
+        low_rank=pair,
+    )
+
+
+def _low_rank_kernel(space: StateSpace, length: int, dtype: torch.dtype) -> Tensor:
+    """By the generating function ``sum_l K_l z^l`` at the roots of unity z, whose inverse transform is the kernel.
+
+    Of the finite sum, ``c (I - A_d^length)`` in place of c. With ``R = ((1 - z) I - step / 2 (1 + z) diag(poles))^-1``
+    and ``h = step / 2 (1 + z)`` Woodbury's identity gives ``step (c R b - h (c R p) (1 + h q^* R p)^-1 (q^* R b))``.
+    """
+    if not space.conjugate_pairs:
+        # a real part is half a sum with the conjugate, here of a system that does not act on the first
+        other = space._replace(
+            poles=space.poles.conj(), b=space.b.conj(), c=space.c.conj(), low_rank=_conjugate(space.low_rank)
+        )
+        both = (_generating(one, length, dtype) for one in (space, other))
+        return torch.fft.irfft((next(both) + next(both)) / 2, n=length)
+    return torch.fft.irfft(_generating(space, length, dtype), n=length)
+
+
+def _conjugate(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    return None if pair is None else (pair[0].conj(), pair[1].conj())
+
+
+def _generating(space: StateSpace, length: int, dtype: torch.dtype) -> Tensor:
+    """The generating function of the finite kernel at half of the roots of unity, ``(D, length // 2 + 1)``."""
+    if space.low_rank is None:
+        raise ValueError("a diagonal state space has its kernel from its powers")
+    p, q = space.low_rank
+    steps, _ = low_rank_steps(space)
+    faded = row_power(as_reader(space.c), steps.real_transition(), length)
+    c = space.c - from_reader(faded)
+    rows, columns = torch.cat((c[:, None], q.conj()), 1), torch.cat((space.b[:, None], p), 1)
+    weights = (rows[:, :, None] * columns[:, None]).flatten(1, 2)
+    half = space.step[:, None] / 2
+    sums = cauchy(weights.to(dtype), half * space.poles, length, conjugate_pairs=space.conjugate_pairs)
+    angles = torch.arange(length // 2 + 1, dtype=torch.float64, device=half.device) * (2 * math.pi / length)
+    above = (half * (1 + torch.polar(torch.ones_like(angles), -angles))).to(dtype)
+    table = sums.unflatten(1, (len(rows[0]), -1)).unbind(1)
+    return space.step[:, None].to(REAL_OF[dtype]) * _schur([list(row.unbind(1)) for row in table], above)
+
+
+def _schur(table: list[list[Tensor]], above: Tensor) -> Tensor:
+    """``s - h p (1 + h m)^-1 q`` elementwise, of the table ``[[s, p], [q, m]]``, by elimination from its end."""
+    rank = len(table) - 1
+    rows = [[entry if column == 0 else above * entry for column, entry in enumerate(row)] for row in table]
+    for index in range(1, rank + 1):
+        rows[index][index] = 1 + rows[index][index]
+    for pivot in range(rank, 0, -1):
+        for row in range(pivot):
+            factor = rows[row][pivot] / rows[pivot][pivot]
+            rows[row] = [rows[row][column] - factor * rows[pivot][column] for column in range(pivot)]
+    return rows[0][0]
