@@ -243,8 +243,10 @@ class SequenceMixer(nn.Module):
             return
         if x.device != weight.device:
             raise ValueError(f"the input is on {x.device}, {name} on {weight.device}; move one of them")
+        # the parameters of a mixer that has no others stay float32 beside narrower inputs
         only_fp32 = any(weight is parameter for parameter in self.wide_parameters().values())
-        if x.dtype != weight.dtype and not only_fp32 and not torch.is_autocast_enabled(x.device.type):
+        narrower = only_fp32 and x.dtype in HALF and weight.dtype == torch.float32
+        if x.dtype != weight.dtype and not narrower and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"the input is {x.dtype}, the parameters of {name} are {weight.dtype}; convert one of them")
         if x.dtype not in REAL:
             raise TypeError(f"the input of {name} must be one of {', '.join(map(str, REAL))}, got {x.dtype}")

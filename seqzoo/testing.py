@@ -19,6 +19,7 @@ from seqzoo.kernels import dispatch
 from seqzoo.kernels.checks import COMPLEX_OF, HALF, accumulator
 from seqzoo.layers import Bidirectional
 from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec, create, list_mixers, registration
+from seqzoo.modules.convolution import ConvolutionMixer
 from seqzoo.packing import Packing
 
 WIDE_OF = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
@@ -925,6 +926,35 @@ def random_state(mixer: SequenceMixer, batch_size: int, x: Tensor, seed: int = 2
     with torch.no_grad():
         _, state = mixer(inputs((batch_size, 5, mixer.d_model), x.dtype, x.device, seed), return_state=True)
     return {key: value.detach() for key, value in state.items()}
+
+
+# the greatest slope of GELU
+GELU_SLOPE = 1.13
+
+
+@torch.no_grad()
+def fourier_leak(mixer: SequenceMixer, x: Tensor, roundings: int = 8) -> float:
+    """By how much later inputs may move an output of ``mixer(x)`` in rounding: zero unless Fourier transforms mix them.
+
+    A long convolution's output moves by at most ``8 eps max|x| |k|_1``, eps that of the accumulator; beside a sum over
+    tokens it is as far off, and by 16 roundings more where the kernel is a transform as well. The map that follows
+    passes it on, each channel of the linear map by the sum of its weights' magnitudes, the gated linear unit
+    ``a sigmoid(b)`` by ``|da| + |a| |db| / 4``; and what has moved is rounded anew, to a bit of the results' dtype.
+    """
+    if not isinstance(mixer, ConvolutionMixer) or x.numel() == 0:
+        return 0.0
+    taps = widen(mixer.kernel(x.shape[1])).abs().sum(1).max().item()
+    largest = widen(x).abs().max().item()
+    leak = roundings * torch.finfo(accumulator(x.dtype)).eps * largest * taps
+    unit = torch.finfo(x.dtype).eps
+    reach = largest * (taps + widen(mixer.D).abs().max().item())
+    leak += unit * reach
+    if mixer.output == "none":
+        return leak
+    weight = widen(mixer.out_proj.weight).abs().sum(1).max().item()
+    leak, reach = leak * GELU_SLOPE * weight, reach * weight + widen(mixer.out_proj.bias).abs().max().item()
+    leak += unit * reach
+    return leak * (1 + reach / 4) + unit * reach
 
 
 def parameters_of(mixer: nn.Module) -> dict[str, nn.Parameter]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqzoo.kernels.cauchy import cauchy
-from seqzoo.kernels.dispatch import require, slot
+from seqzoo.kernels.checks import COMPLEX_OF
+from seqzoo.kernels.derivatives import needs_gradient, once
+from seqzoo.kernels.dispatch import define, require, slot
 from seqzoo.kernels.matrix_scan import row_power
 from seqzoo.kernels.ssm_kernel.discretise import (
     REAL_OF,
@@ -110,8 +113,8 @@ def _low_rank_kernel(space: StateSpace, length: int, dtype: torch.dtype) -> Tens
             poles=space.poles.conj(), b=space.b.conj(), c=space.c.conj(), low_rank=_conjugate(space.low_rank)
         )
         both = (_generating(one, length, dtype) for one in (space, other))
-        return torch.fft.irfft((next(both) + next(both)) / 2, n=length)
-    return torch.fft.irfft(_generating(space, length, dtype), n=length)
+        return _transform((next(both) + next(both)) / 2, length)
+    return _transform(_generating(space, length, dtype), length)
 
 
 def _conjugate(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
@@ -132,8 +135,9 @@ def _generating(space: StateSpace, length: int, dtype: torch.dtype) -> Tensor:
     sums = cauchy(weights.to(dtype), half * space.poles, length, conjugate_pairs=space.conjugate_pairs)
     angles = torch.arange(length // 2 + 1, dtype=torch.float64, device=half.device) * (2 * math.pi / length)
     above = (half * (1 + torch.polar(torch.ones_like(angles), -angles))).to(dtype)
-    table = sums.unflatten(1, (len(rows[0]), -1)).unbind(1)
-    return space.step[:, None].to(REAL_OF[dtype]) * _schur([list(row.unbind(1)) for row in table], above)
+    rank = p.shape[1]
+    table = [[sums[:, row * (rank + 1) + column] for column in range(rank + 1)] for row in range(rank + 1)]
+    return space.step[:, None].to(REAL_OF[dtype]) * _schur(table, above)
 
 
 def _schur(table: list[list[Tensor]], above: Tensor) -> Tensor:
@@ -147,3 +151,40 @@ def _schur(table: list[list[Tensor]], above: Tensor) -> Tensor:
             factor = rows[row][pivot] / rows[pivot][pivot]
             rows[row] = [rows[row][column] - factor * rows[pivot][column] for column in range(pivot)]
     return rows[0][0]
+
+
+def _transform(spectrum: Tensor, length: int) -> Tensor:
+    """The real sequences ``(D, length)`` of half spectra ``(D, length // 2 + 1)``."""
+    if not needs_gradient(spectrum):
+        return _forward(spectrum, length, "")
+    return _Transform.apply(spectrum, length)
+
+
+def _forward_fake(spectrum: Tensor, length: int, backend: str) -> Tensor:
+    return spectrum.new_empty((spectrum.shape[0], length), dtype=REAL_OF[spectrum.dtype])
+
+
+def _backward_fake(gradient: Tensor, length: int, backend: str) -> Tensor:
+    return gradient.new_empty((gradient.shape[0], length // 2 + 1), dtype=COMPLEX_OF[gradient.dtype])
+
+
+_forward = define(
+    "ssm_kernel", "transform_forward", "(Tensor spectrum, SymInt length, str backend) -> Tensor", _forward_fake
+)
+_backward = define(
+    "ssm_kernel", "transform_backward", "(Tensor gradient, SymInt length, str backend) -> Tensor", _backward_fake
+)
+
+
+class _Transform(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spectrum: Tensor, length: int) -> Tensor:
+        ctx.length = length
+        # linear, but a second derivative has to find something that it depends on
+        ctx.save_for_backward(spectrum)
+        return _forward(spectrum, length, "")
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore - torch types no arity
+        return _backward(gradients[0], ctx.length, ""), None

@@ -97,7 +97,8 @@ class _Diagonal:
         found = as_complex(added.permute(3, 2, 0, 1))  # (R, n, D, N)
         factor = (self.exponents * size).exp().to(self.dtype)
         after, final = linear_scan(factor.flatten(), found.flatten(2), cu_seqlens=cu_chunks)
-        before = torch.where(first.T[..., None], 0, pad(after[:, :-1], (0, 0, 1, 0)))
+        # what leaves a chunk enters the next; a slice of one chunk fewer would tie compiled code to its length
+        before = torch.where(first.T[..., None], 0, after.roll(1, 1))
         sequences = len(final) if ends is None else len(ends)
         return as_real(before.view_as(found)).permute(2, 3, 1, 0), final[:sequences].unflatten(1, factor.shape)
 
@@ -148,7 +149,7 @@ class _LowRank:
         """As of the other class."""
         matrix = self.power(size.bit_length() - 1).to(added.dtype)
         after = matrix_scan(matrix, added.permute(2, 0, 1, 3), first)  # (n, D, S, R)
-        before = torch.where(first[:, None, None], 0, torch.cat((torch.zeros_like(after[:1]), after[:-1])))
+        before = torch.where(first[:, None, None], 0, after.roll(1, 0))
         final = after[-1].permute(2, 0, 1) if ends is None else after[..., 0][(ends - 1).clamp(min=0)]
         return before.permute(1, 2, 0, 3), as_complex(final)
 

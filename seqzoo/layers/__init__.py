@@ -20,6 +20,7 @@ from seqzoo.layers.hgrn2 import HGRN2 as HGRN2
 from seqzoo.layers.kda import KimiDeltaAttention as KimiDeltaAttention
 from seqzoo.layers.lightning_attention import LightningAttention as LightningAttention
 from seqzoo.layers.linear_attention import LinearAttention as LinearAttention
+from seqzoo.layers.long_conv import LongConv as LongConv
 from seqzoo.layers.longhorn import Longhorn as Longhorn
 from seqzoo.layers.lru import LRU as LRU
 from seqzoo.layers.mamba import Mamba as Mamba

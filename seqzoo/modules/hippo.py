@@ -52,13 +52,13 @@ def hippo(measure: str, size: int) -> Hippo:
         parity = torch.stack((index % 2 == 0, index % 2 == 1)).to(A.dtype)
         return Hippo(A, norms, parity * norms)
     if measure == "fourier":
-        # constant, cosine, sine, cosine, ...: the last cosine has no sine beside it
-        at_start = torch.where(index % 2 == 1, math.sqrt(2), 0.0)
+        # cosine and sine of every frequency: of the first, 0, a constant and nothing
+        at_start = math.sqrt(2) * (1 - index % 2)
         at_start[0] = 1
         turning = torch.zeros(size, size, dtype=torch.float64, device="cpu")
-        for cosine in range(1, size - 1, 2):
-            turning[cosine, cosine + 1] = -math.pi * (cosine + 1)
-            turning[cosine + 1, cosine] = math.pi * (cosine + 1)
+        for cosine in range(2, size, 2):
+            turning[cosine, cosine + 1] = -math.pi * cosine
+            turning[cosine + 1, cosine] = math.pi * cosine
         return Hippo(turning - 2 * at_start[:, None] * at_start, 2 * at_start, math.sqrt(2) * at_start[None])
     raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
 

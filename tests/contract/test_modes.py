@@ -107,7 +107,8 @@ def test_gradcheck(subject: Subject, device):
         y, final = mixer(x, state | dict(zip(keys, values, strict=True)), return_state=True)
         return y, *(final[key] for key in keys)
 
-    assert torch.autograd.gradcheck(call, (x, *values))
+    # of a large state random combinations stand for its numbers
+    assert torch.autograd.gradcheck(call, (x, *values), fast_mode=sum(value.numel() for value in values) > 1000)
 
 
 def test_limits(subject: Subject, device):

@@ -199,7 +199,7 @@ def test_tied_embeddings_are_one_parameter(build: Build):
     [
         ({"attention_mask": torch.tensor([[1, 0, 1], [1, 1, 1]])}, ValueError, "holes, row 0 has one"),
         ({"attention_mask": torch.tensor([[1, 1, 1], [0, 2, 1]])}, ValueError, "1 at tokens and 0 at padding"),
-        ({"attention_mask": torch.ones(2, 4)}, ValueError, r"shape of ids, \(2, 3\), got \(2, 4\)"),
+        ({"attention_mask": torch.ones(2, 4)}, ValueError, r"shape \(B, T\) = \(2, 3\), got \(2, 4\)"),
         ({"attention_mask": [[1, 1, 1]]}, TypeError, "must be a Tensor, got list"),
         ({"lengths": [3]}, ValueError, r"shape \(B,\) = \(2,\), got \(1,\)"),
         ({"lengths": [3, 4]}, ValueError, r"between 0 and 3, got \[3, 4\]"),
