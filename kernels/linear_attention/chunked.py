@@ -630,16 +630,19 @@ class ByValue(Solver):
         decays = _between(self.logarithms(block, self.log_decay))
         return decays, decays.since[..., -1]
 
-    def until(self, block: Block, values: Tensor, decays: Any) -> Tensor:
-        """``p(j+1..C)`` times values ``(M, C, m V)``."""
+    def until(self, block: Block, values: Tensor, decays: Any, in_place: bool = False) -> Tensor:
+        """``p(j+1..C)`` times values ``(M, C, m V)``, which may take their place."""
         return _by_head(values, decays.until)
 
-    def since(self, block: Block, values: Tensor, decays: Any) -> Tensor:
-        """``p(1..i)`` times values ``(M, C, m V)``."""
+    def since(self, block: Block, values: Tensor, decays: Any, in_place: bool = False) -> Tensor:
+        """``p(1..i)`` times values ``(M, C, m V)``, which may take their place."""
         return _by_head(values, decays.since)
 
     def mask(self, block: Block, pairs: Tensor, decays: Any) -> Tensor:
-        """``p(j+1..i)`` times pairs ``(M, C, C)`` for j <= i, else 0, for every head, ``(M, m, C, C)``."""
+        """``p(j+1..i)`` times pairs ``(M, C, C)`` for j <= i, else 0, for every head, ``(M, m, C, C)``.
+
+        May take their memory.
+        """
         return pairs[:, None] * decays.within
 
     def unmask(self, block: Block, pairs: Tensor, grad_pairs: Tensor, decays: Any) -> tuple[Tensor, Tensor]:
@@ -683,7 +686,7 @@ class ByValue(Solver):
 
     def read(self, block: Block, added: Added, reading: Tensor) -> Tensor:
         found = torch.bmm(reading, added.states)
-        return found if added.passing is None else self.since(block, found, added.decays)
+        return found if added.passing is None else self.since(block, found, added.decays, in_place=True)
 
     def receive(self, block: Block, added: Added, reading: Tensor, arriving: Tensor) -> tuple[Tensor, Tensor]:
         received = arriving if added.passing is None else self.since(block, arriving, added.decays)
@@ -712,7 +715,7 @@ class ByValue(Solver):
             inner, through = self.unmask(block, pairs, grad_pairs, added.decays)
             reads, writes = (torch.bmm(reading, added.states), received), (added.writing, grad_v)
             through = self.grade_decays(block, through, reads, writes, to_passing)
-            grad_v = self.until(block, grad_v, added.decays)
+            grad_v = self.until(block, grad_v, added.decays, in_place=True)
         for pairs_of, gradient, of_head in each_head(pairs, grad_v, arriving):
             gradient.baddbmm_(pairs_of.mT, of_head)
         return grad_q.baddbmm_(inner, added.k), grad_k.baddbmm_(inner.mT, q), grad_v, through

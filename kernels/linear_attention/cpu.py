@@ -783,18 +783,19 @@ class _Values(_Compiled, ByValue):
         _whole(self.threads, *decays, self.chunk, array(passing), self.threads)
         return decays, passing
 
-    def until(self, block: Block, values: Tensor, decays: Any) -> Tensor:
-        target = torch.empty_like(values)
+    def until(self, block: Block, values: Tensor, decays: Any, in_place: bool = False) -> Tensor:
+        target = values if in_place else torch.empty_like(values)
         _until(self.threads, *decays, array(values), self.chunk, self.width, array(target), self.threads)
         return target
 
-    def since(self, block: Block, values: Tensor, decays: Any) -> Tensor:
-        target = torch.empty_like(values)
+    def since(self, block: Block, values: Tensor, decays: Any, in_place: bool = False) -> Tensor:
+        target = values if in_place else torch.empty_like(values)
         _since(self.threads, *decays, array(values), self.chunk, self.width, array(target), self.threads)
         return target
 
     def mask(self, block: Block, pairs: Tensor, decays: Any) -> Tensor:
-        target = self.tiles(block, block.members, self.chunk, self.chunk)
+        # a single head takes the memory of the pairs
+        target = pairs[:, None] if block.members == 1 else self.tiles(block, block.members, self.chunk, self.chunk)
         _mask(self.threads, *decays, array(pairs), self.chunk, array(target), self.threads)
         return target
 

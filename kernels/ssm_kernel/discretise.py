@@ -22,6 +22,7 @@ from seqzoo.kernels.checks import (
     check_shape,
     check_sign,
 )
+from seqzoo.kernels.dispatch import slot
 
 Discretisation = Literal["zoh", "bilinear"]
 REAL_OF = {value: key for key, value in COMPLEX_OF.items()}
@@ -88,7 +89,9 @@ def state_space(
     check_device("step", step, "the poles", poles.device)
     check_finite(poles=poles, step=step, **{name.split()[0]: value for name, value in named.items()})
     check_sign("the real part of poles", poles)
-    check_sign("the negative of step", -step)
+    if slot.checks and not torch.compiler.is_compiling() and bool((step <= 0).any()):
+        index = int(torch.nonzero(step <= 0)[0])
+        raise ValueError(f"step must be positive, got {step[index].item()} at index ({index},)")
     pair = None
     if low_rank is not None:
         p, q = (_wide(value if value.dim() == 3 else value[:, None]) for value in low_rank)
@@ -173,7 +176,8 @@ def low_rank_steps(space: StateSpace) -> tuple[LowRankSteps, Tensor]:
     scale = torch.eye(p.shape[1], dtype=p.dtype, device=p.device) + (
         2 * overlap.real if space.conjugate_pairs else overlap
     )
-    steps = LowRankSteps(diagonal, torch.linalg.solve(scale.mT, left), right, space.conjugate_pairs)
+    # solve_ex: the other one reads on the host whether the matrix is singular
+    steps = LowRankSteps(diagonal, torch.linalg.solve_ex(scale.mT, left)[0], right, space.conjugate_pairs)
     return steps, steps.solve(space.step[:, None] * space.b)
 
 

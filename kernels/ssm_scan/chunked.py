@@ -30,8 +30,8 @@ from seqzoo.kernels.ssm_kernel.discretise import (
     low_rank_steps,
 )
 
-# tokens of a chunk, at most
-CHUNK = 64
+# tokens of a chunk: at most, and at least where each chunk costs a product with a dense matrix
+CHUNK, DENSE_CHUNK = 64, 32
 
 
 def ssm_scan(
@@ -48,6 +48,8 @@ def ssm_scan(
         return kind(space, dtype).token(u, initial_state)
     # a compiled graph is for all lengths
     size = CHUNK if torch.compiler.is_compiling() else chunk_length(CHUNK, batch * total, rows)
+    if space.low_rank is not None:
+        size = max(size, DENSE_CHUNK)
     return _Scan(kind(space, dtype), u, initial_state, cu_seqlens, size).run()
 
 
@@ -109,7 +111,7 @@ class _LowRank:
     def __init__(self, space: StateSpace, dtype: torch.dtype) -> None:
         self.steps, self.inputs = low_rank_steps(space)
         self.readout, self.dtype = space.readout, dtype
-        self._powers = [self.steps.real_transition()]
+        self._powers: list[Tensor] = []
 
     def token(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """One token ``(B, 1, D)``: what a low rank makes of N states takes N operations."""
@@ -121,6 +123,9 @@ class _LowRank:
 
     def power(self, doublings: int) -> Tensor:
         """The transition of ``2 ** doublings`` tokens, ``(D, S, S)``."""
+        if not self._powers:
+            # a single token needs no dense matrix
+            self._powers.append(self.steps.real_transition())
         while len(self._powers) <= doublings:
             self._powers.append(torch.bmm(self._powers[-1], self._powers[-1]))
         return self._powers[doublings]

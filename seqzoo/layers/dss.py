@@ -34,7 +34,7 @@ class DSS(StateSpaceMixer):
         kernel_length: Positions that the softmax runs over; None means infinitely many.
         dt_min: Least step to begin with.
         dt_max: Greatest step to begin with.
-        lr_scale: Learning rate of the state space, in multiples of that of other parameters.
+        lr_scale: Learning rate of A, B and the step, in multiples of that of other parameters.
         output: ``"glu"``, or ``"none"`` for ``y_t``.
     """
 

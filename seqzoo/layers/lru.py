@@ -59,7 +59,7 @@ class LRU(DiagonalMixer):
 
     def recurrence(self) -> tuple[Tensor, Tensor]:
         """Factors inside the unit circle, and the normalisation."""
-        a = torch.polar(torch.exp(-torch.exp(self.nu_log)), torch.exp(self.theta_log))
+        a = torch.polar(self.inside(torch.exp(-torch.exp(self.nu_log))), torch.exp(self.theta_log))
         return a, torch.exp(self.gamma_log)
 
     def reset_parameters(self) -> None:

@@ -19,10 +19,11 @@ class S4(StateSpaceMixer):
         x_t = (I - dt/2 A)^-1 ((I + dt/2 A) x_{t-1} + dt B u_t)
         y_t = 2 Re(C x_t) + D u_t              out_t = glu(W gelu(y_t))
 
-    The parameters are those of the authors' code: ``log_dt (D,)``, ``B`` and ``C (D, N / 2, 2)``, ``A_imag
-    (D, N / 2)``, ``D (D,)``; ``log_A_real`` is the logarithm of minus the real part, and ``P (D, R, N / 2, 2)`` there
-    begins with R. Where all channels share A, B and P the code's dimension for them is 1. Its C holds what is left of C
-    after a length, ``C (I - A_d^L)``; here it is C.
+    From the parameters of the authors' code: ``log_dt (D,)`` is its ``inv_dt``, ``log_A_real (D, N / 2)`` its
+    ``A_real``, ``A_imag`` the negative of its ``A_imag``, ``B`` and ``C (D, N / 2, 2)`` its ``B`` and ``C``,
+    ``P (D, R, N / 2, 2)`` its ``P`` with R behind the channels, ``D (D,)`` its ``D``. Where channels share A, B and P
+    theirs have a dimension of 1, or of fewer copies, to be repeated. Its C is what a kernel of length L needs,
+    ``C (I - A_d^L)``; here it is C.
 
     State: ``{"x": (B, D, N / 2)}``, complex64 (complex128 for float64 inputs). A dense sequence without a state is
     convolved by Fourier transforms, in which later inputs move an output by ``8 eps max|u| |k|_1`` at most.
@@ -33,7 +34,7 @@ class S4(StateSpaceMixer):
         measure: HiPPO's, with which A, B and P begin: ``"legs"``, ``"legt"`` or ``"fourier"``.
         dt_min: Least step to begin with.
         dt_max: Greatest step to begin with.
-        lr_scale: Learning rate of the state space, in multiples of that of other parameters.
+        lr_scale: Learning rate of A, B and the step, in multiples of that of other parameters.
         output: ``"glu"``, or ``"none"`` for ``y_t``.
     """
 

@@ -29,9 +29,9 @@ class S4D(StateSpaceMixer):
         x_t = exp(dt A) x_{t-1} + (exp(dt A) - 1) / A B u_t
         y_t = 2 Re(C x_t) + D u_t              out_t = glu(W gelu(y_t))
 
-    The parameters are those of the authors' code, one to one: ``log_dt (D,)``, ``log_A_real`` and ``A_imag
-    (D, N / 2)``, ``C (D, N / 2, 2)`` and ``D (D,)`` have its names and shapes there and here, ``B (D, N / 2, 2)`` has
-    there the shape ``(1, N / 2, 2)`` where all channels share it, and is 1 in its shortest form.
+    The parameters ``log_dt (D,)``, ``log_A_real`` and ``A_imag (D, N / 2)``, ``C (D, N / 2, 2)`` and ``D (D,)`` are
+    those of the authors' shortest code, one to one, with B of 1. Their other code has ``B (1, N / 2, 2)`` or one a
+    channel, and maps as :class:`S4` says.
 
     State: ``{"x": (B, D, N / 2)}``, complex64 (complex128 for float64 inputs). A dense sequence without a state is
     convolved by Fourier transforms, in which later inputs move an output by ``8 eps max|u| |k|_1`` at most.
@@ -44,7 +44,7 @@ class S4D(StateSpaceMixer):
         dt_min: Least step to begin with.
         dt_max: Greatest step to begin with.
         train_B: Whether B is trained; else it is 1.
-        lr_scale: Learning rate of the state space, in multiples of that of other parameters.
+        lr_scale: Learning rate of A, B and the step, in multiples of that of other parameters.
         output: ``"glu"``, or ``"none"`` for ``y_t``.
     """
 

@@ -77,8 +77,9 @@ class S5(DiagonalMixer):
         one = torch.ones_like(poles)
         space = state_space(poles, one, one, torch.exp(self.log_dt), None, self.discretisation, False)
         exponents, inputs = diagonal_steps(space)
-        kind = COMPLEX_OF[self.log_dt.dtype]
-        return exponents.exp().to(kind)[:, 0], inputs.to(kind)[:, 0]
+        kind = self.log_dt.dtype
+        radius = self.inside(exponents.real.exp().to(kind))
+        return torch.polar(radius, exponents.imag.to(kind))[:, 0], inputs.to(COMPLEX_OF[kind])[:, 0]
 
     def readout(self) -> Tensor:
         """C, twice for the conjugates."""

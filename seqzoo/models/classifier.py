@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqzoo.kernels.checks import REAL
+from seqzoo.kernels.checks import REAL, accumulator
 from seqzoo.models.backbone import Backbone
 from seqzoo.models.config import ClassifierConfig
 from seqzoo.models.padding import Inputs, check_ids, embed, unpad
@@ -141,8 +141,10 @@ class SequenceClassifier(nn.Module):
         if hidden.shape[1] == 0:
             return hidden.sum(1).expand(len(lengths), -1)
         if pooling == "mean":
-            # each sequence's sum is one thread's: no atomic additions, whose order varies
-            total = torch.segment_reduce(hidden[0], "sum", lengths=lengths, axis=0, initial=0)
-            return total / lengths.clamp(min=1)[:, None]
+            # each sequence's sum is one thread's: no atomic additions, whose order varies. In float32, as it is added
+            # up in the dtype given; unsafe is not to read the lengths on the host again
+            wide = hidden[0].to(accumulator(hidden.dtype))
+            total = torch.segment_reduce(wide, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
+            return (total / lengths.clamp(min=1)[:, None]).to(hidden.dtype)
         found = hidden[0][(bounds[1:] - 1 if pooling == "last" else bounds[:-1]).clamp(0, hidden.shape[1] - 1)]
         return torch.where((lengths > 0)[:, None], found, 0)

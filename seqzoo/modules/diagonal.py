@@ -46,6 +46,11 @@ class DiagonalMixer(SequenceMixer):
         """a and g, ``(N,)``, complex of float32 at least."""
         raise NotImplementedError(f"{type(self).__name__} must define recurrence()")
 
+    @staticmethod
+    def inside(radius: Tensor) -> Tensor:
+        """A factor's magnitude, kept below 1 where rounding would bring it there."""
+        return radius.clamp(max=1 - 2 * torch.finfo(radius.dtype).eps)
+
     def readout(self) -> Tensor:
         """C."""
         return self.C
@@ -58,10 +63,9 @@ class DiagonalMixer(SequenceMixer):
         real, imag = inputs.to(kind).chunk(2, -1)
         added = gain * torch.complex(real, imag)
         h, final = linear_scan(a, added, None if state is None else state["x"], cu_seqlens=packing)
-        weight = self.readout() * self.C.new_tensor([1.0, -1.0])
-        y = F.linear(
-            torch.cat((h.real, h.imag), -1).to(inputs.dtype), weight.movedim(-1, 1).flatten(1).to(inputs.dtype)
-        )
+        real, imag = self.readout().unbind(-1)
+        weight = torch.cat((real, -imag), -1).to(inputs.dtype)
+        y = F.linear(torch.cat((h.real, h.imag), -1).to(inputs.dtype), weight)
         y = (y + x * self.D).to(y.dtype)
         if self.output == "glu":
             y = F.glu(self.out_proj(F.gelu(y)), dim=-1)

@@ -28,7 +28,7 @@ class StateSpaceMixer(ConvolutionMixer):
         d_state: N, even.
         dt_min: Least step to begin with.
         dt_max: Greatest step to begin with.
-        lr_scale: Learning rate of the state space, in multiples of that of other parameters.
+        lr_scale: Learning rate of A, B and the step, in multiples of that of other parameters.
         output: As of :class:`ConvolutionMixer`.
     """
 
@@ -96,9 +96,9 @@ class StateSpaceMixer(ConvolutionMixer):
         return length * (of_map + 8 * self.d_model * self.d_state)
 
     def parameter_options(self) -> dict[str, dict[str, float]]:
-        """The state space learns at a rate of its own and does not decay."""
+        """A, B and the step learn at a rate of their own and do not decay; C is a readout like any other."""
         own = {"weight_decay": 0.0, "lr_scale": self.lr_scale}
-        names = [name for name, _ in self.named_parameters(recurse=False) if name != "D"]
+        names = [name for name, _ in self.named_parameters(recurse=False) if name not in ("C", "D")]
         return super().parameter_options() | dict.fromkeys(names, own)
 
     def set_poles(self, poles: Tensor) -> None:

@@ -211,6 +211,48 @@ def test_broken_boundaries_never_index_when_compiled():
         compiled(A[:1], B[:1], ints(0, 500))
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"length": 3.0}, TypeError, "length must be an int, got float"),
+        ({"length": True}, TypeError, "length must be an int, got bool"),
+        ({"length": -1}, ValueError, "length must not be negative, got -1"),
+        ({"poles": torch.ones(3, 2)}, TypeError, "poles must be one of complex128, complex64, got float32"),
+        ({"b": torch.ones(3, 1, dtype=torch.complex64)}, ValueError, r"b must have shape \(D, N\) = \(3, 2\)"),
+        ({"c": torch.ones(3, 2, dtype=torch.complex128)}, TypeError, "c must be complex64 beside poles"),
+        ({"step": torch.ones(2)}, ValueError, r"step must have shape \(D,\) = \(3,\), got \(2,\)"),
+        ({"discretisation": "euler"}, ValueError, "discretisation must be zoh or bilinear, got 'euler'"),
+        ({"low_rank": 1}, ValueError, "a low rank needs discretisation='bilinear', got 'zoh'"),
+        ({"low_rank": 1, "discretisation": "bilinear"}, TypeError, r"low_rank must be a pair of Tensors \(p, q\)"),
+    ],
+)
+def test_state_spaces(changes, error, words):
+    ones = torch.ones(3, 2, dtype=torch.complex64)
+    arguments = {"poles": -ones, "b": ones, "c": ones, "step": torch.ones(3), "length": 4} | changes
+    with pytest.raises(error, match=words):
+        ops.ssm_kernel(**arguments)
+    if "length" not in changes:
+        del arguments["length"]
+        with pytest.raises(error, match=words):
+            ops.ssm_scan(torch.ones(1, 5, 3), **arguments)
+
+
+def test_state_spaces_that_do_not_fit_their_input():
+    ones = torch.ones(3, 2, dtype=torch.complex64)
+    space = -ones, ones, ones, torch.ones(3)
+    with pytest.raises(ValueError, match=r"poles must have shape \(D, N\) = \(4, 2\), got \(3, 2\)"):
+        ops.ssm_scan(torch.ones(1, 5, 4), *space)
+    with pytest.raises(TypeError, match="poles must be complex128 beside u of"):
+        ops.ssm_scan(torch.ones(1, 5, 3).double(), *space)
+    with pytest.raises(ValueError, match=r"initial_state must have shape \(B, D, N\) = \(1, 3, 2\), got \(2, 3, 2\)"):
+        ops.ssm_scan(torch.ones(1, 5, 3), *space, ones.expand(2, 3, 2))
+    with ops.checks():
+        with pytest.raises(ValueError, match=r"step must be positive, got 0.0 at index \(0,\)"):
+            ops.ssm_kernel(*space[:3], 0 * space[3], 4)
+        with pytest.raises(ValueError, match=r"the real part of poles must not be positive, got 1\.0"):
+            ops.ssm_kernel(ones, *space[1:], 4)
+
+
 def test_values_are_looked_at_only_when_asked_for():
     poisoned = B.clone()
     poisoned[1, 2, 0] = float("nan")

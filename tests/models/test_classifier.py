@@ -57,6 +57,14 @@ def test_what_is_pooled(pooling):
     torch.testing.assert_close(model(ids), pooled @ model.head.weight.T + model.head.bias)
 
 
+def test_the_mean_of_many_narrow_outputs():
+    """Added up in bfloat16, 4096 ones are 256."""
+    model = build(pattern="min_gru", mlp="none").to(torch.bfloat16)
+    hidden = 1 + 0.01 * inputs((1, 4096, 16), torch.bfloat16)
+    pooled = model._pool(hidden, Packing.from_lengths((4096,)))
+    torch.testing.assert_close(pooled, hidden.float().mean(1).to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last", "first"])
 def test_sequences_without_tokens_have_the_output_s_bias(pooling):
     model = build(pooling=pooling)
