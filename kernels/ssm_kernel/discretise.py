@@ -119,11 +119,10 @@ def diagonal_steps(space: StateSpace) -> tuple[Tensor, Tensor]:
 
 def _mean_exponential(x: Tensor) -> Tensor:
     """``(exp(x) - 1) / x``, the mean of ``exp`` between 0 and x, without cancelling where x is small."""
-    small = x.abs() < 1
-    half = torch.where(small & (x != 0), x, 1) / 2
-    large = torch.where(small, 1, x)
-    near = torch.where(x == 0, 1 + x / 2, half.exp() * half.sinh() / half)
-    return torch.where(small, near, (large.exp() - 1) / large)
+    real = x.real.expm1() * x.imag.cos() - 2 * (x.imag / 2).sin().square()
+    less_one = torch.complex(real, x.real.exp() * x.imag.sin())
+    # at 0 what it is beside 0, which has the gradient
+    return torch.where(x == 0, 1 + x / 2, less_one / torch.where(x == 0, 1, x))
 
 
 class LowRankSteps(NamedTuple):
