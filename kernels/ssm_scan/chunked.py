@@ -64,7 +64,8 @@ class _Diagonal:
         """One token ``(B, 1, D)``."""
         after = self.inputs.to(self.dtype) * u[:, 0, :, None].to(accumulator(u.dtype))
         if state is not None:
-            after = after + self.exponents.exp().to(self.dtype) * state
+            factor = torch.polar(self.exponents.real.exp(), self.exponents.imag)
+            after = after + factor.to(self.dtype) * state
         y = (self.readout.to(self.dtype) * after).sum(-1).real
         return y[:, None].to(u.dtype), after
 

@@ -137,6 +137,18 @@ def _entering(system, discretisation, B):
     return np.linalg.solve(np.eye(len(A)) - 0.15 * A, 0.3 * b)
 
 
+def test_a_pole_at_zero_sums_its_inputs_up():
+    poles = torch.tensor([[0.0, -1e-9, -1e-3, -50.0]]).to(torch.complex128).requires_grad_()
+    b = torch.ones_like(poles)
+
+    def kernel(poles):
+        return ssm_kernel(poles, b, b, torch.ones(1, dtype=torch.float64), 3)
+
+    assert torch.autograd.gradcheck(kernel, poles)
+    exact = torch.expm1(poles.detach().real[0, 1:]) / poles.detach().real[0, 1:]
+    torch.testing.assert_close(kernel(poles)[0, 0], 1 + exact.sum(), rtol=1e-14, atol=0)
+
+
 def test_the_output_of_scipy_s_simulation():
     poles = torch.complex(-torch.rand(1, 3) - 0.1, 3 * torch.randn(1, 3)).to(torch.complex128)
     b, c = (torch.randn(1, 3, dtype=torch.complex128) for _ in range(2))
