@@ -562,7 +562,7 @@ def ssm_scan_cases(dtype: torch.dtype) -> Iterator[OpCase]:
             yield ssm_scan_case(dtype, lengths=LENGTHS, conjugate_pairs=pairs, **form)
             yield ssm_scan_case(dtype, (2, 1, 2), conjugate_pairs=pairs, **form)
         yield ssm_scan_case(dtype, lengths=LENGTHS, state=False, **form)
-        yield ssm_scan_case(dtype, (1, 130, 2), state=False, **form)
+        yield ssm_scan_case(dtype, (1, 130, 4), state=False, **form)
         for shape in ((1, 1, 3), (2, 0, 3), (1, 64, 5), (0, 4, 3), (2, 3, 0)):
             yield ssm_scan_case(dtype, shape, size=2, **form)
     yield ssm_scan_case(dtype, rank=2, discretisation="bilinear", conjugate_pairs=True)

@@ -74,7 +74,7 @@ def test_a_change_leaves_earlier_outputs_to_rounding(name: str, device: torch.de
     u, kernel, _ = case.tensors.values()
     later = u.clone()
     later[:, 120:] = -1
-    bound = fft_errors(case.tensors, [torch.ones_like(u)])["output 0"]
+    bound = fft_errors(case.tensors, [torch.ones_like(u)], {})["output 0"]
     with backend(name):
         first, second = long_conv(u, kernel), long_conv(later, kernel)
     assert (first - second)[:, :120].abs().max() <= bound
