@@ -26,6 +26,7 @@ from seqzoo.kernels.ssm_kernel.discretise import (
     as_complex,
     as_reader,
     as_real,
+    diagonal_step,
     diagonal_steps,
     low_rank_steps,
 )
@@ -43,14 +44,27 @@ def ssm_scan(
     if 0 in u.shape or space.poles.shape[1] == 0:
         given = space.poles.new_zeros((rows, *space.poles.shape), dtype=dtype)
         return torch.zeros_like(u), given if initial_state is None else initial_state.clone()
-    kind = _Diagonal if space.low_rank is None else _LowRank
     if total == 1 and cu_seqlens is None:
-        return kind(space, dtype).token(u, initial_state)
+        return _token(u, space, initial_state, dtype)
     # a compiled graph is for all lengths
     size = CHUNK if torch.compiler.is_compiling() else chunk_length(CHUNK, batch * total, rows)
     if space.low_rank is not None:
         size = max(size, DENSE_CHUNK)
+    kind = _Diagonal if space.low_rank is None else _LowRank
     return _Scan(kind(space, dtype), u, initial_state, cu_seqlens, size).run()
+
+
+def _token(u: Tensor, space: StateSpace, state: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One token ``(B, 1, D)``: what a low rank makes of N states takes N operations."""
+    if space.low_rank is None:
+        factor, inputs = diagonal_step(space)
+        left = 0 if state is None else factor.to(dtype) * state
+    else:
+        steps, inputs = low_rank_steps(space)
+        left = 0 if state is None else 2 * steps.to(dtype).solve(state) - state
+    after = inputs.to(dtype) * u[:, 0, :, None].to(accumulator(u.dtype)) + left
+    y = (space.readout.to(dtype) * after).sum(-1).real
+    return y[:, None].to(u.dtype), after
 
 
 class _Diagonal:
@@ -59,15 +73,6 @@ class _Diagonal:
     def __init__(self, space: StateSpace, dtype: torch.dtype) -> None:
         self.exponents, self.inputs = diagonal_steps(space)
         self.readout, self.dtype = space.readout, dtype
-
-    def token(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One token ``(B, 1, D)``."""
-        after = self.inputs.to(self.dtype) * u[:, 0, :, None].to(accumulator(u.dtype))
-        if state is not None:
-            factor = torch.polar(self.exponents.real.exp(), self.exponents.imag)
-            after = after + factor.to(self.dtype) * state
-        y = (self.readout.to(self.dtype) * after).sum(-1).real
-        return y[:, None].to(u.dtype), after
 
     def tables(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first taps ``(D, C)``, O ``(D, C, S)`` and B ``(D, S, C)`` of chunks of C tokens."""
@@ -112,21 +117,10 @@ class _LowRank:
     def __init__(self, space: StateSpace, dtype: torch.dtype) -> None:
         self.steps, self.inputs = low_rank_steps(space)
         self.readout, self.dtype = space.readout, dtype
-        self._powers: list[Tensor] = []
-
-    def token(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One token ``(B, 1, D)``: what a low rank makes of N states takes N operations."""
-        after = self.inputs.to(self.dtype) * u[:, 0, :, None].to(accumulator(u.dtype))
-        if state is not None:
-            after = after + 2 * self.steps.to(self.dtype).solve(state) - state
-        y = (self.readout.to(self.dtype) * after).sum(-1).real
-        return y[:, None].to(u.dtype), after
+        self._powers = [self.steps.real_transition()]
 
     def power(self, doublings: int) -> Tensor:
         """The transition of ``2 ** doublings`` tokens, ``(D, S, S)``."""
-        if not self._powers:
-            # a single token needs no dense matrix
-            self._powers.append(self.steps.real_transition())
         while len(self._powers) <= doublings:
             self._powers.append(torch.bmm(self._powers[-1], self._powers[-1]))
         return self._powers[doublings]
