@@ -187,7 +187,14 @@ def is_wide(op: str, tensors: Mapping[str, Tensor | None]) -> bool:
     return any(tensor is not None and tensor.dtype in WIDE for name, tensor in tensors.items() if name not in apart)
 
 
-def define(op: str, part: str, schema: str, fake: Callable[..., Any], always_wide: tuple[str, ...] = ()) -> Any:
+def define(
+    op: str,
+    part: str,
+    schema: str,
+    fake: Callable[..., Any],
+    always_wide: tuple[str, ...] = (),
+    strided: tuple[str, ...] = (),
+) -> Any:
     """Registers ``seqzoo::<op>_<part>``, which runs the function ``part`` of the implementation chosen for its tensors.
 
     Args:
@@ -196,6 +203,7 @@ def define(op: str, part: str, schema: str, fake: Callable[..., Any], always_wid
         schema: Arguments and results in torch.library's language; the last argument is ``str backend``.
         fake: The same arguments to results of the right shapes, on fake tensors.
         always_wide: Arguments that are float64 or complex128 whatever the op computes in: the others say what that is.
+        strided: Arguments that the implementations take as they lie in memory; they get contiguous copies of others.
 
     Returns:
         The operator, to be called with all its arguments by position.
@@ -205,11 +213,15 @@ def define(op: str, part: str, schema: str, fake: Callable[..., Any], always_wid
     operator = getattr(torch.ops.seqzoo, name).default
     if always_wide:
         _always_wide[op] = always_wide
-    decisive = [argument.name not in always_wide for argument in operator._schema.arguments[:-1]]
+    names = [argument.name for argument in operator._schema.arguments[:-1]]
+    decisive, compact = ([one not in apart for one in names] for apart in (always_wide, strided))
 
     def run(*arguments: Any) -> Any:
         *inputs, requested = arguments
-        inputs = [value.contiguous() if isinstance(value, Tensor) else value for value in inputs]
+        inputs = [
+            value.contiguous() if copied and isinstance(value, Tensor) else value
+            for value, copied in zip(inputs, compact, strict=True)
+        ]
         telling = itertools.compress(inputs, decisive)
         tensors = [value for value in telling if isinstance(value, Tensor)]
         found = getattr(implementation(op, chosen(requested, *tensors)), part)

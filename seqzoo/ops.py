@@ -1,5 +1,6 @@
 """The public ops: ``from seqzoo.ops import linear_scan``."""
 
+from seqzoo.kernels.attention import attention as attention
 from seqzoo.kernels.cauchy import cauchy as cauchy
 from seqzoo.kernels.causal_conv import causal_conv as causal_conv
 from seqzoo.kernels.delta_rule import delta_rule as delta_rule

@@ -779,6 +779,149 @@ def cauchy_cases(dtype: torch.dtype) -> Iterator[OpCase]:
             yield cauchy_case(weights, shape, conjugate_pairs=pairs, poles_dtype=poles)
 
 
+@dataclass(frozen=True)
+class AttentionCase(OpCase):
+    """One call of :func:`seqzoo.ops.attention`.
+
+    Its results are o, lse with zeros where a query sees nothing, and one where that is so: there lse is -infinity, of
+    which neither errors nor numerical derivatives can be taken.
+
+    Attributes:
+        lengths: Those of packed sequences, or None.
+        lengths_k: Those of their keys, None for the same.
+    """
+
+    lengths: tuple[int, ...] | None = None
+    lengths_k: tuple[int, ...] | None = None
+
+    def call(self, tensors: dict[str, Tensor | None] | None = None) -> tuple[Tensor, ...]:
+        """Calls the op."""
+        arguments: dict[str, Any] = dict(self.tensors if tensors is None else tensors)
+        device = arguments["q"].device
+        for name, lengths in (("cu_seqlens", self.lengths), ("cu_seqlens_k", self.lengths_k)):
+            arguments[name] = None if lengths is None else boundaries(lengths).to(device)
+        o, lse = ops.attention(**arguments, **self.options)
+        blind = lse == -torch.inf
+        return o, lse.masked_fill(blind, 0.0), blind.to(lse.dtype)
+
+
+def softmax_errors(
+    tensors: dict[str, Tensor | None], cotangents: list[Tensor], results: dict[str, Tensor]
+) -> dict[str, float]:
+    """What ``attention`` may be off by where its reference is not.
+
+    Its weights are ``exp(s - lse)``, of two numbers that are rounded at the size of lse: one such rounding of every
+    result. In half precision PyTorch's kernel for CPUs takes exponentials to 1e-4, which lse inherits, and o is kept
+    rounded, with which the backward pass takes ``dO o`` from every query's part of the gradients of float32.
+    """
+    q, o, lse = tensors["q"], results["output 0"], results["output 1"]
+    if q is None or o.numel() == 0:
+        return {}
+    unit = torch.finfo(accumulator(q.dtype)).eps
+    largest = max(1.0, lse.abs().max().item())
+    found = {name: unit * largest * value.abs().max().item() for name, value in results.items() if value.numel()}
+    if q.dtype in HALF:
+        found["output 1"] += 1e-4
+        of_queries = torch.finfo(q.dtype).eps * (widen(cotangents[0]) * o).abs().sum(-1)
+        for name in ("sinks", "bias"):
+            value = tensors[name]
+            if value is not None:
+                # (B, H, T), summed over what shares a parameter
+                shape = (1, *value.shape, 1) if name == "sinks" else value.shape[:3]
+                found[f"gradient of {name}"] += of_queries.transpose(1, 2).sum_to_size(shape).max().item()
+    return found
+
+
+def attention_case(
+    dtype: torch.dtype,
+    shape: tuple[int, int] = (2, 67),
+    *,
+    keys: int | None = None,
+    heads: int = 4,
+    groups: int = 2,
+    key: int = 8,
+    value: int | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    logit_cap: float | None = None,
+    sinks: bool = False,
+    bias: tuple[bool, bool, bool] | None = None,
+    lengths: Sequence[int] | None = None,
+    lengths_k: Sequence[int] | None = None,
+    parameter_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> AttentionCase:
+    """Inputs of :func:`seqzoo.ops.attention`; with ``lengths`` packed, B and the numbers of tokens are then theirs.
+
+    ``bias`` says of its first three dimensions whether they have more than one place. It hides every third key and, if
+    it has rows for the sequences, all keys of the first. Where it is None there is none.
+    """
+    g = torch.Generator().manual_seed(seed)
+    batch, total = shape if lengths is None else (1, sum(lengths))
+    keys = (total if keys is None else keys) if lengths_k is None else sum(lengths_k)
+    value = key if value is None else value
+    sizes = (batch, total, heads, key), (batch, keys, groups, key), (batch, keys, groups, value)
+    q, k, v = (4 * _uniform(g, *size) - 2 for size in sizes)
+    of_heads = 2 * _uniform(g, heads) - 1
+    tensors: dict[str, Tensor | None] = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "sinks": None}
+    parameter_dtype = dtype if parameter_dtype is None else parameter_dtype
+    if sinks:
+        tensors["sinks"] = of_heads.to(parameter_dtype)
+    tensors["bias"] = None
+    if bias is not None:
+        rows = [size if more else 1 for size, more in zip((batch, heads, total), bias, strict=True)]
+        added = 2 * _uniform(g, *rows, keys) - 1
+        added[..., 1::3] = -torch.inf
+        if bias[0]:
+            added[:1] = -torch.inf
+        tensors["bias"] = added.to(parameter_dtype)
+    words = [f"{shape} of {keys}" if lengths is None else "packed", f"{heads}/{groups} heads of {key}/{value}"]
+    words += ["" if lengths_k is None else "own keys", "causal" if causal else "", f"window={window}" if window else ""]
+    words += [f"cap={logit_cap}" if logit_cap else "", "sinks" if sinks else "", f"bias={bias}" if bias else ""]
+    label = " ".join(filter(None, [*words, str(dtype).split(".")[1]]))
+    return AttentionCase(
+        "attention",
+        label,
+        tensors,
+        {"causal": causal, "window": window, "logit_cap": logit_cap},
+        softmax_errors,
+        lengths=None if lengths is None else tuple(lengths),
+        lengths_k=None if lengths_k is None else tuple(lengths_k),
+    )
+
+
+# keys of the sequences of LENGTHS: none, fewer than queries, more, and keys that no query sees
+LENGTHS_K = (3, 1, 80, 0, 0, 60, 5, 9)
+
+
+def attention_cases(dtype: torch.dtype) -> Iterator[OpCase]:
+    """The forms of ``attention``: dense and packed, fewer and more keys than queries, windows, caps, sinks, biases."""
+    if dtype.is_complex:
+        return
+    for causal in (True, False):
+        yield attention_case(dtype, causal=causal)
+        yield attention_case(dtype, causal=causal, window=5, sinks=True, groups=4)
+        yield attention_case(dtype, causal=causal, value=5 if causal else None, logit_cap=1.5)
+        for keys in (80, 60):
+            yield attention_case(dtype, keys=keys, causal=causal, groups=1)
+            yield attention_case(dtype, keys=keys, causal=causal, window=20, sinks=True)
+        yield attention_case(dtype, lengths=LENGTHS, causal=causal)
+        yield attention_case(dtype, lengths=LENGTHS, causal=causal, window=3, sinks=True, logit_cap=2.0)
+        yield attention_case(dtype, lengths=LENGTHS, lengths_k=LENGTHS_K, causal=causal)
+        yield attention_case(dtype, lengths=LENGTHS, lengths_k=LENGTHS_K, causal=causal, value=5, window=6, sinks=True)
+        yield attention_case(dtype, (2, 9), causal=causal, bias=(True, False, False), sinks=causal)
+        yield attention_case(dtype, (2, 9), keys=14, causal=causal, bias=(False, True, True), logit_cap=1.0)
+    for of_heads in (False, True):
+        yield attention_case(dtype, (3, 1), keys=50, bias=(True, of_heads, False))
+    yield attention_case(dtype, (1, 300), keys=600, groups=1, window=270)
+    for shape, keys in (((1, 1), 1), ((2, 1), 70), ((2, 0), 3), ((2, 3), 0), ((0, 4), 4)):
+        yield attention_case(dtype, shape, keys=keys, sinks=shape == (2, 3))
+    yield attention_case(dtype, (1, 5), heads=2, groups=1, key=3, sinks=True)
+    yield attention_case(dtype, (1, 3), keys=4, heads=2, groups=2, key=2, causal=False, bias=(False, True, False))
+    if dtype in HALF:
+        yield attention_case(dtype, (2, 9), sinks=True, bias=(True, True, True), parameter_dtype=torch.float32)
+
+
 OP_CASES: dict[str, Callable[[torch.dtype], Iterator[OpCase]]] = {
     "linear_scan": linear_scan_cases,
     "gated_scan": gated_scan_cases,
@@ -791,6 +934,7 @@ OP_CASES: dict[str, Callable[[torch.dtype], Iterator[OpCase]]] = {
     "vandermonde": vandermonde_cases,
     "ssm_kernel": ssm_kernel_cases,
     "ssm_scan": ssm_scan_cases,
+    "attention": attention_cases,
 }
 
 
@@ -879,6 +1023,7 @@ SPEAKERS = {
     "long_conv": "s4d",
     "vandermonde": "s4d",
     "cauchy": "s4",
+    "attention": "attention",
 }
 
 

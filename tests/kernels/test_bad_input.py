@@ -253,6 +253,65 @@ def test_state_spaces_that_do_not_fit_their_input():
             ops.ssm_kernel(ones, *space[1:], 4)
 
 
+QUERY, KEY, VALUE = torch.zeros(1, 5, 4, 8), torch.zeros(1, 7, 2, 8), torch.zeros(1, 7, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"q": [1.0]}, TypeError, "q must be a Tensor, got list"),
+        ({"q": QUERY.long()}, TypeError, "q must be one of .*, got int64"),
+        ({"k": KEY.double()}, TypeError, "k must be float32 beside q, got float64"),
+        ({"v": VALUE.bfloat16()}, TypeError, "v must be float32 beside q, got bfloat16"),
+        ({"k": KEY.to("meta")}, ValueError, "k is on meta, q on cpu"),
+        ({"q": QUERY[0]}, ValueError, r"q must have 4 dimensions, \(B, T, H, K\), got 3"),
+        ({"v": VALUE[0]}, ValueError, r"v must have 4 dimensions, \(B, T_k, G, V\), got 3"),
+        ({"k": KEY[..., :4]}, ValueError, r"k must have shape \(B, T_k, G, K\) = \(1, 7, 2, 8\), got \(1, 7, 2, 4\)"),
+        ({"v": VALUE[:, :3]}, ValueError, r"v must have shape \(B, T_k, G, V\) = \(1, 7, 2, 6\), got \(1, 3, 2, 6\)"),
+        ({"q": QUERY[:, :, :3]}, ValueError, "the heads of k must divide the 3 of q, got 2"),
+        ({"k": KEY[:, :, :0], "v": VALUE[:, :, :0]}, ValueError, "the heads of k must divide the 4 of q, got 0"),
+        ({"window": 0}, ValueError, "window must be a positive integer or None, got 0"),
+        ({"window": 2.0}, ValueError, "window must be a positive integer or None, got 2.0"),
+        ({"window": True}, ValueError, "window must be a positive integer or None, got True"),
+        ({"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
+        ({"logit_cap": float("inf")}, ValueError, "logit_cap must be positive and finite, got inf"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks must have shape \(H,\) = \(4,\), got \(2,\)"),
+        ({"sinks": torch.zeros(4).double()}, TypeError, "sinks must be float32 beside q of float32, got float64"),
+        ({"bias": torch.zeros(5, 7)}, ValueError, r"bias must have 4 dimensions, \(B, H, T, T_k\), got 2"),
+        (
+            {"bias": torch.zeros(1, 2, 5, 7)},
+            ValueError,
+            r"bias must have shape .* = \(1, 4, 5, 7\), got \(1, 2, 5, 7\)",
+        ),
+        (
+            {"bias": torch.zeros(1, 1, 1, 5)},
+            ValueError,
+            r"bias must have shape .* = \(1, 1, 1, 7\), got \(1, 1, 1, 5\)",
+        ),
+        ({"bias": torch.zeros(1, 1, 1, 7).half()}, TypeError, "bias must be float32 beside q of float32, got float16"),
+        ({"cu_seqlens": ints(0, 5)}, ValueError, "k must have the 5 tokens of q unless cu_seqlens_k says"),
+        ({"cu_seqlens_k": ints(0, 7)}, ValueError, "cu_seqlens_k needs cu_seqlens"),
+        (
+            {"cu_seqlens": ints(0, 5), "cu_seqlens_k": ints(0, 3, 7)},
+            ValueError,
+            r"cu_seqlens_k must have shape that of cu_seqlens, = \(2,\), got \(3,\)",
+        ),
+        ({"cu_seqlens": ints(0, 4), "cu_seqlens_k": ints(0, 7)}, ValueError, "end at the number of tokens, 5, got 4"),
+        ({"cu_seqlens": ints(0, 5), "cu_seqlens_k": ints(0, 900)}, ValueError, "the number of tokens, 7, got 900"),
+        (
+            {"cu_seqlens": ints(0, 5), "cu_seqlens_k": ints(0, 7), "bias": torch.zeros(1, 1, 1, 7)},
+            ValueError,
+            "bias is for dense batches",
+        ),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "reference", "chunked"])
+def test_attention(changes, error, words, backend):
+    arguments = {"q": QUERY, "k": KEY, "v": VALUE} | changes
+    with dispatch.backend(backend), pytest.raises(error, match=words):
+        ops.attention(**arguments)
+
+
 def test_values_are_looked_at_only_when_asked_for():
     poisoned = B.clone()
     poisoned[1, 2, 0] = float("nan")
@@ -278,6 +337,8 @@ def test_values_are_looked_at_only_when_asked_for():
         cauchy(SUMS, -POLES, 8)
     with ops.checks(), pytest.raises(ValueError, match="weights must be finite"):
         cauchy(SUMS / 0, POLES, 8)
+    with ops.checks(), pytest.raises(ValueError, match=r"k must be finite, got inf at index \(0, 0, 0, 0\)"):
+        ops.attention(QUERY, KEY + torch.inf, VALUE)
     assert torch.isnan(linear_scan(A, poisoned)[0]).any()
 
 

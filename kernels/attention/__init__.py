@@ -1,0 +1,1 @@
+from seqzoo.kernels.attention.op import attention as attention
