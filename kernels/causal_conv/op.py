@@ -178,8 +178,10 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore - torch types no arity
-        _, _, bias, initial_state, _ = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias, grad_state = _backward(*gradients, *ctx.saved_tensors, *ctx.options)
+        # once: a checkpoint gives every saved tensor back a single time
+        saved = ctx.saved_tensors
+        _, _, bias, initial_state, _ = saved
+        grad_x, grad_weight, grad_bias, grad_state = _backward(*gradients, *saved, *ctx.options)
         return (
             grad_x,
             grad_weight,

@@ -175,6 +175,8 @@ class _LongConv(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore - torch types no arity
-        grad_u, grad_kernel, grad_reverse = _backward(*gradients, *ctx.saved_tensors, *ctx.options)
-        kernel_reverse = ctx.saved_tensors[2]
+        # once: a checkpoint gives every saved tensor back a single time
+        saved = ctx.saved_tensors
+        grad_u, grad_kernel, grad_reverse = _backward(*gradients, *saved, *ctx.options)
+        kernel_reverse = saved[2]
         return grad_u, grad_kernel, None if kernel_reverse is None else grad_reverse, None, None
