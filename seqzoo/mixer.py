@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -215,7 +215,7 @@ class SequenceMixer(nn.Module):
                     losses.append(mixed.auxiliary * (end - start))
             if return_state:
                 states.append(self.init_state(1, device=x.device, dtype=x.dtype) if given is None else given)
-        merged = {key: torch.cat([one[key] for one in states]) for key in states[0]} if states else None
+        merged = join(states) if states else None
         auxiliary = torch.stack(losses).sum() / x.shape[1] if losses else None
         return Mixed(torch.cat(outputs, dim=1) if outputs else x, merged, auxiliary)
 
@@ -327,6 +327,26 @@ def fork(state: State | list[State] | tuple[State, ...], n: int) -> Any:
     if isinstance(state, list | tuple):
         return [fork(one, n) for one in state]
     return {key: value.repeat_interleave(n, dim=0) for key, value in state.items()}
+
+
+def join(states: Sequence[State]) -> State:
+    """The states of several sequences as one, a row each: what ``{key: value[i : i + 1]}`` takes apart.
+
+    A cache shorter than another is filled up with zeros, as caches are behind their tokens.
+    """
+    joined = {}
+    for key in states[0]:
+        values = [state[key] for state in states]
+        sizes = [max(extents) for extents in zip(*(value.shape[1:] for value in values), strict=True)]
+        joined[key] = torch.cat([_filled(value, sizes) for value in values])
+    return joined
+
+
+def _filled(value: Tensor, sizes: list[int]) -> Tensor:
+    missing = [size - have for size, have in zip(sizes, value.shape[1:], strict=True)]
+    if not any(missing):
+        return value
+    return torch.nn.functional.pad(value, [end for count in reversed(missing) for end in (0, count)])
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ entry than there are sequences, runs from 0 to T. An empty sequence repeats an e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ class Packing:
         sequence_index: int64 ``(T,)``, the sequence that each token belongs to.
         positions: int64 ``(T,)``, the place of each token in its sequence, from 0.
         host: int32 ``(S + 1,)``, a copy of ``cu_seqlens`` on the CPU, or None where making one would synchronise.
-        prefix_lengths: int64 ``(S,)``, the length of each sequence's prefix for prefix-non-causal mixers, or None.
+        prefix_lengths: int64 ``(S,)``, the length of each sequence's prefix for prefix-non-causal mixers, or None; see
+            :meth:`with_prefixes`.
     """
 
     cu_seqlens: Tensor
@@ -66,14 +68,18 @@ class Packing:
     prefix_lengths: Tensor | None = None
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Packing:
-        """Builds the packing of sequences of the given lengths (host integers), on ``device`` without synchronising."""
-        lengths = torch.as_tensor(lengths, device="cpu")
-        if lengths.dim() != 1 or lengths.numel() == 0:
-            raise ValueError(f"lengths must be a non-empty list of integers, got shape {tuple(lengths.shape)}")
-        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-        lengths = lengths.to(torch.int64)
+    def from_lengths(
+        cls,
+        lengths: Sequence[int] | Tensor,
+        *,
+        prefix_lengths: Sequence[int] | Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> Packing:
+        """Builds the packing of sequences of the given lengths (host integers), on ``device`` without synchronising.
+
+        With ``prefix_lengths`` as by :meth:`with_prefixes`.
+        """
+        lengths = _integers("lengths", lengths)
         if int(lengths.min()) < 0:
             raise ValueError(f"lengths must not be negative, got {int(lengths.min())}")
         if int(lengths.sum()) >= 2**31:
@@ -81,6 +87,8 @@ class Packing:
         host = torch.zeros(lengths.numel() + 1, dtype=torch.int32)
         host[1:] = lengths.cumsum(0)
         packing = cls._derive(host, int(host[-1]), host)
+        if prefix_lengths is not None:
+            packing = packing.with_prefixes(prefix_lengths)
         return packing if device is None else packing.to(device)
 
     @classmethod
@@ -107,6 +115,46 @@ class Packing:
         return cls._derive(cu_seqlens, total, None)
 
     @classmethod
+    def from_position_ids(cls, position_ids: Tensor) -> Packing:
+        """Builds the packing of tokens whose positions, ``(T,)`` or ``(1, T)``, grow by one inside a sequence.
+
+        transformers tells sequences so. It need not count from 0; where positions do not go on, a sequence begins.
+        Synchronises, as the next one does.
+        """
+        places = _row("position_ids", position_ids)
+        return cls._from_starts(places.diff() != 1, places)
+
+    @classmethod
+    def from_seq_idx(cls, seq_idx: Tensor) -> Packing:
+        """Builds the packing of tokens with the number of their sequence, ``(T,)`` or ``(1, T)``, as in mamba_ssm."""
+        numbers = _row("seq_idx", seq_idx)
+        return cls._from_starts(numbers.diff() != 0, numbers)
+
+    @classmethod
+    def _from_starts(cls, starts: Tensor, tokens: Tensor) -> Packing:
+        """Of which tokens behind the first begin a sequence."""
+        total = tokens.shape[0]
+        edges = [0, *(starts.nonzero()[:, 0] + 1).tolist(), total] if total else [0, 0]
+        return cls.from_lengths(torch.tensor(edges).diff(), device=tokens.device)
+
+    def to_huggingface(self) -> dict[str, Tensor | int]:
+        """What transformers' models and kernels take for packed sequences, by name.
+
+        ``position_ids`` int64 ``(1, T)``, ``cu_seq_lens_q`` and ``_k`` int32 ``(S + 1,)``, ``max_length_q`` and ``_k``,
+        and ``seq_idx`` int32 ``(1, T)``, as ``DataCollatorWithFlattening`` makes them.
+        """
+        bounds = self.bounds()
+        longest = max(end - start for start, end in itertools.pairwise(bounds))
+        return {
+            "position_ids": self.positions[None],
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "seq_idx": self.sequence_index[None].to(torch.int32),
+        }
+
+    @classmethod
     def _derive(cls, cu_seqlens: Tensor, total: int, host: Tensor | None) -> Packing:
         tokens = torch.arange(total, device=cu_seqlens.device)
         # right=True steps over empty sequences: a token belongs to the last sequence that starts at or before it
@@ -127,6 +175,33 @@ class Packing:
     def bounds(self) -> list[int]:
         """The boundaries as Python integers; synchronises once when no host copy exists."""
         return (self.cu_seqlens if self.host is None else self.host).tolist()
+
+    def with_prefixes(self, prefix_lengths: Sequence[int] | Tensor) -> Packing:
+        """The same packing, whose sequences begin with prefixes that a prefix-non-causal mixer may see as a whole.
+
+        Synchronises once when no host copy of the boundaries exists.
+
+        Args:
+            prefix_lengths: The tokens of each sequence's prefix (host integers), from 0 to all of them.
+
+        Raises:
+            TypeError: If they are no integers.
+            ValueError: If there is not one a sequence, or one is negative or longer than its sequence: a prefix lies
+                in one piece.
+        """
+        prefix = _integers("prefix_lengths", prefix_lengths)
+        lengths = torch.tensor(self.bounds()).diff()
+        if prefix.shape != lengths.shape:
+            raise ValueError(f"prefix_lengths must have one entry a sequence, {len(lengths)}, got {len(prefix)}")
+        wrong = (prefix < 0) | (prefix > lengths)
+        if bool(wrong.any()):
+            index = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"the prefix of sequence {index} must have from 0 to {int(lengths[index])} tokens, the length of the "
+                f"sequence, got {int(prefix[index])}; a prefix lies in one piece: pass all of it in one call"
+            )
+        device = self.cu_seqlens.device
+        return replace(self, prefix_lengths=prefix.to(device, non_blocking=device.type != "cpu"))
 
     def reversal(self) -> Tensor:
         """int64 ``(T,)``, the index that reverses every sequence in place; it is its own inverse."""
@@ -152,6 +227,25 @@ class Packing:
 
 
 pytree.register_dataclass(Packing)
+
+
+def _row(name: str, values: Tensor) -> Tensor:
+    """One integer a token, ``(T,)``."""
+    if not isinstance(values, Tensor) or values.is_floating_point() or values.is_complex():
+        raise TypeError(f"{name} must be a Tensor of integers, got {getattr(values, 'dtype', type(values).__name__)}")
+    if values.dim() not in (1, 2) or (values.dim() == 2 and values.shape[0] != 1):
+        raise ValueError(f"{name} must have shape (T,) or (1, T), got {tuple(values.shape)}; flatten the batch")
+    return values.flatten().to(torch.int64)
+
+
+def _integers(name: str, values: Sequence[int] | Tensor) -> Tensor:
+    """A non-empty list of integers as int64 on the host."""
+    values = torch.as_tensor(values, device="cpu")
+    if values.dim() != 1 or values.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty list of integers, got shape {tuple(values.shape)}")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {values.dtype}")
+    return values.to(torch.int64, copy=True)
 
 
 def assert_values(cu_seqlens: Tensor, total: int) -> None:

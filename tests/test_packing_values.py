@@ -82,3 +82,36 @@ def test_bad_values(call, words):
 def test_bad_types(call, words):
     with pytest.raises(TypeError, match=words):
         call()
+
+
+def test_positions_and_numbers_of_sequences_give_the_packing():
+    wanted = Packing.from_lengths([3, 1, 4])
+    for start in (0, 2):
+        ids = torch.tensor([[*range(3), 0, *range(4)]]) + start
+        assert torch.equal(Packing.from_position_ids(ids).cu_seqlens, wanted.cu_seqlens)
+    for numbers in ([0, 0, 0, 1, 2, 2, 2, 2], [7, 7, 7, 5, 9, 9, 9, 9]):
+        assert torch.equal(Packing.from_seq_idx(torch.tensor(numbers)).cu_seqlens, wanted.cu_seqlens)
+    assert Packing.from_seq_idx(torch.zeros(1, 0, dtype=torch.int32)).n_sequences == 1
+
+
+def test_transformers_collator_makes_what_a_packing_does():
+    transformers = pytest.importorskip("transformers")
+    collate = transformers.DataCollatorWithFlattening(
+        return_position_ids=True, return_seq_idx=True, return_flash_attn_kwargs=True
+    )
+    batch = collate([{"input_ids": list(range(length))} for length in (3, 1, 4)])
+    packing = Packing.from_position_ids(batch["position_ids"])
+    assert torch.equal(packing.cu_seqlens, Packing.from_seq_idx(batch["seq_idx"]).cu_seqlens)
+    for name, value in packing.to_huggingface().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, batch[name])
+            assert value.dtype == batch[name].dtype, name
+        else:
+            assert value == batch[name], name
+
+
+def test_bad_conventions():
+    with pytest.raises(ValueError, match=r"position_ids must have shape \(T,\) or \(1, T\), got \(2, 3\)"):
+        Packing.from_position_ids(torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"seq_idx must be a Tensor of integers, got torch\.float32"):
+        Packing.from_seq_idx(torch.zeros(3))

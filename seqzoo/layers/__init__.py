@@ -9,7 +9,10 @@ import pkgutil as _pkgutil
 for _module in sorted(info.name for info in _pkgutil.iter_modules(__path__)):
     _importlib.import_module(f"{__name__}.{_module}")
 
+from seqzoo.layers.aaren import Aaren as Aaren
+from seqzoo.layers.attention import Attention as Attention
 from seqzoo.layers.bidirectional import Bidirectional as Bidirectional
+from seqzoo.layers.block_recurrent import BlockRecurrent as BlockRecurrent
 from seqzoo.layers.deltanet import DeltaNet as DeltaNet
 from seqzoo.layers.dss import DSS as DSS
 from seqzoo.layers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
@@ -29,8 +32,12 @@ from seqzoo.layers.min_gru import MinGRU as MinGRU
 from seqzoo.layers.min_lstm import MinLSTM as MinLSTM
 from seqzoo.layers.mlstm import MLSTM as MLSTM
 from seqzoo.layers.mom import MixtureOfMemories as MixtureOfMemories
+from seqzoo.layers.prefix_linear_attention import PrefixLinearAttention as PrefixLinearAttention
 from seqzoo.layers.retnet import RetNet as RetNet
 from seqzoo.layers.rglru import RGLRU as RGLRU
 from seqzoo.layers.s4 import S4 as S4
 from seqzoo.layers.s4d import S4D as S4D
 from seqzoo.layers.s5 import S5 as S5
+from seqzoo.layers.seqboat import SeqBoat as SeqBoat
+from seqzoo.layers.sliding_window_attention import SlidingWindowAttention as SlidingWindowAttention
+from seqzoo.layers.transmamba import TransMamba as TransMamba

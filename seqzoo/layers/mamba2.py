@@ -123,12 +123,40 @@ class Mamba2(SequenceMixer):
             step = step.clamp(*self.dt_limit)
         log_decay = -torch.exp(self.A_log.to(step.dtype)) * step
         values = (u * step[..., None]).to(u.dtype)
-        given = None if state is None else state["S"]
-        o, S = linear_attention(C, B, values, log_decay, given, scale=1.0, cu_seqlens=packing)
+        o, after = self.recur(C, B, values, log_decay, u, state, packing)
         y = o + (u * self.D.to(step.dtype)[:, None]).to(o.dtype)
         y = self.out_proj(self.norm(y.flatten(2), z))
-        # under autocast the projection is narrower than x, whose dtype the state of a convolution has
-        return Mixed(y, {"conv": conv.to(x.dtype), "S": S})
+        # under autocast the projection is narrower than x, whose dtype copies of inputs have
+        kinds = self.state_spec(x.shape[0], x.dtype)
+        return Mixed(y, {name: value.to(kinds[name][1]) for name, value in {"conv": conv, **after}.items()})
+
+    def recur(
+        self,
+        C: Tensor,
+        B: Tensor,
+        values: Tensor,
+        log_decay: Tensor,
+        u: Tensor,
+        state: State | None,
+        packing: Packing | None,
+    ) -> tuple[Tensor, State]:
+        """The state space.
+
+        Args:
+            C: ``(B, T, G, d_state)``.
+            B: ``(B, T, G, d_state)``.
+            values: ``(B, T, H, head_dim)``, the inputs times their steps.
+            log_decay: ``(B, T, H)``.
+            u: ``(B, T, H, head_dim)``, the inputs.
+            state: Of the layer.
+            packing: Of packed sequences.
+
+        Returns:
+            What is read, ``(B, T, H, head_dim)``, and the state but for the convolution's.
+        """
+        given = None if state is None else state["S"]
+        o, S = linear_attention(C, B, values, log_decay, given, scale=1.0, cu_seqlens=packing)
+        return o, {"S": S}
 
     def state_spec(self, batch_size: int, dtype: torch.dtype) -> StateSpec:
         """The convolution's last inputs, and the matrix of every head."""

@@ -10,7 +10,7 @@ from seqzoo.mixer import State, StateSpec, register
 from seqzoo.modules.heads import HeadMixer, count_heads
 from seqzoo.modules.options import scaled_width
 from seqzoo.modules.positions import count_positions
-from seqzoo.modules.rotary import rotate
+from seqzoo.modules.rotary import Rotary
 from seqzoo.packing import Packing
 
 
@@ -57,10 +57,9 @@ class RetNet(HeadMixer):
             # rotations need pairs
             head_dim = 2 * count_heads(d_model // 2, None, None, 128)[1]
         heads, size = count_heads(d_model, n_heads, head_dim, 256)
-        if size % 2:
-            raise ValueError(f"rotary positions need an even head_dim, got {size}")
         value = scaled_width(size, "expand_v", expand_v)
         super().__init__(d_model, n_heads=heads, key_dim=size, value_dim=value, d_conv=d_conv, bias=bias)
+        self.rotary = Rotary(size)
         self.reset_parameters()
 
     def recur(
@@ -68,7 +67,7 @@ class RetNet(HeadMixer):
     ) -> tuple[Tensor, State]:
         """Rotation, then the recurrence with decays that are constants of the architecture."""
         positions, after = count_positions(x, None if state is None else state["position"], packing)
-        q, k = rotate(q, positions), rotate(k, positions)
+        q, k = self.rotary(q, positions), self.rotary(k, positions)
         heads = torch.arange(self.n_heads, device=x.device, dtype=torch.float64)
         log_decay = torch.log1p(-torch.exp2(-5 - heads))
         log_decay = log_decay.to(torch.float64 if q.dtype == torch.float64 else torch.float32)

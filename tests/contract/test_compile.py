@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from seqzoo import Packing
+from seqzoo import Packing, join
 from seqzoo.testing import Subject, inputs, parameters_of, random_state
 
 
@@ -47,7 +47,10 @@ def test_fullgraph_with_gradients_and_without_recompilation(subject: Subject, dt
         expected, expected_final = call(x, state, packing)
         agree(y, expected, dtype)
         if stateful:
-            agree(final, expected_final, dtype)
+            # side by side, since compiled code gives a cache more room
+            pair = {key: value.tensor_split(2) for key, value in join([final, expected_final]).items()}
+            for actual, wanted in pair.values():
+                agree(actual, wanted, dtype)
         sources = [x, *parameters_of(mixer).values()]
         agree(torch.autograd.grad(y.sum(), sources), torch.autograd.grad(expected.sum(), sources), dtype)
 

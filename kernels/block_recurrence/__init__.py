@@ -1,0 +1,1 @@
+from seqzoo.kernels.block_recurrence.op import block_recurrence as block_recurrence
