@@ -61,5 +61,11 @@ def main(arguments: Sequence[str]) -> int:
     """The command."""
     parser = argparse.ArgumentParser("seqzoo list", description="Prints the zoo as a table.")
     parser.add_argument("--markdown", action="store_true", help="as README.md holds it")
-    print(markdown() if parser.parse_args(arguments).markdown else plain())  # noqa: T201 - a command prints
+    if parser.parse_args(arguments).markdown:
+        print(markdown())  # noqa: T201 - a command prints
+        return 0
+    # which stands above this module
+    from seqzoo.models.presets import table
+
+    print(plain(), table(), sep="\n\n")  # noqa: T201
     return 0

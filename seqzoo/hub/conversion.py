@@ -137,7 +137,17 @@ class Family:
             for field, value in self.implied_fields.items()
             if fields[field] != value
         ]
-        layers = [_resolved(entry) for entry in config.entries()[: config.n_layers]]
+        described = config.layers()
+        if any(one.shared is not None for one in described):
+            raise Obstacle(*problems, "shared blocks instead of one a layer")
+        if any(isinstance(one.mixer, Mapping) and "parallel" in one.mixer for one in described):
+            raise Obstacle(*problems, "mixers in parallel instead of one a block")
+        problems += [
+            f"mlp={one.mlp!r} of a block instead of {self.implied_fields['mlp']!r}"
+            for one in described
+            if one.mlp not in (self.implied_fields["mlp"], config.mlp)
+        ][:1]
+        layers = [_resolved(one.mixer) for one in described]
         others = sorted({name for name, _ in layers if name != self.mixer})
         if others:
             raise Obstacle(*problems, f"pattern with {', '.join(others)} instead of {self.mixer} alone")
@@ -193,7 +203,8 @@ def publish(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
             return family, {"model_type": name, **family.write(config)}
         except Obstacle as obstacle:
             obstacles[name] = obstacle
-    first = _resolved(config.entries()[0])[0]
+    entry = config.layers()[0].mixer
+    first = entry if isinstance(entry, str) else entry.get("name")
     nearest = min(obstacles, key=lambda name: (FAMILIES[name].mixer != first, len(obstacles[name].args)))
     raise Obstacle(f"no published format holds this model; in the way of the nearest, {nearest}: {obstacles[nearest]}")
 

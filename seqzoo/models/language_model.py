@@ -86,7 +86,7 @@ class LanguageModel(nn.Module):
         return_state: bool = False,
         chunk_size: int | None = None,
     ) -> Tensor | tuple[Tensor, list[State] | None]:
-        """The mean cross entropy over the tokens that count, and ``auxiliary_weight`` times the mixers' own losses.
+        """The mean cross entropy over the tokens that count, and ``auxiliary_weight`` times the auxiliary ones.
 
         The logits exist for ``chunk_size`` tokens at a time. Other arguments are those of :meth:`forward`.
 
@@ -109,9 +109,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"labels must have the shape of ids, {tuple(ids.shape)}, got {tuple(labels.shape)}")
         hidden, after, auxiliary = self._hidden(inputs, state, return_state)
         targets = labels if inputs.padding is None else inputs.padding.pack(labels)
-        loss = linear_cross_entropy(
-            hidden.flatten(0, 1), self._output_weight(), targets.flatten().to(torch.int64), chunk_size
-        )
+        loss = self.cross_entropy(hidden, targets, chunk_size)
         loss = loss + self.config.auxiliary_weight * auxiliary
         return (loss, after) if return_state else loss
 
@@ -147,6 +145,16 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer, ``(..., D)`` to ``(..., V)``."""
         return F.linear(hidden, self._output_weight())
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, chunk_size: int | None = None) -> Tensor:
+        """The mean cross entropy of the output layer on ``(B, T, D)`` over the labels ``(B, T)`` that count."""
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self._output_weight(), labels.flatten().to(torch.int64), chunk_size
+        )
+
+    def state_size(self, length: int) -> int:
+        """Numbers that a sequence carries after ``length`` tokens."""
+        return self.backbone.state_size(length)
 
     def reset_parameters(self) -> None:
         """Initialises every parameter and buffer; embedding and output layer normal of deviation 0.02."""

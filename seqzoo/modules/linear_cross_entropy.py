@@ -22,6 +22,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk_size: 
     The forward pass computes the gradients too, chunk by chunk, where they will be wanted, so no logit is computed
     twice. Second derivatives raise; ``seqzoo.ops.backend("reference")`` computes all logits at once and has them.
 
+    PyTorch's function of this name (in 2.13) does the same in chunks, as fast and as exactly, but is NaN where no token
+    counts, returns a bfloat16 loss for bfloat16 inputs, breaks the graph of ``torch.compile`` and takes one backward
+    pass alone, so this is not built on it.
+
     Args:
         x: ``(T, D)``.
         weight: ``(V, D)``, of x's dtype.

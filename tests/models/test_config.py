@@ -23,6 +23,8 @@ SMALL: dict[str, Any] = {"vocab_size": 11, "d_model": 16, "n_layers": 3, "patter
         {"mlp": "plain", "mlp_ratio": 3.5, "norm": "layer", "norm_position": "post", "tie_embeddings": False},
         {"mlp": "none", "norm": "batch", "dropout": 0.25, "max_positions": 7, "auxiliary_weight": 0.5},
         {"norm_eps": 1e-3, "residual_in_fp32": True},
+        {"mlp": "experts", "n_experts": 3, "top_k": 1, "mlp_chunk_size": 5, "checkpoint_blocks": True},
+        {"pattern": [{"parallel": ["min_gru", {"name": "mamba", "expand": 1}], "shared": "a"}, "min_gru"]},
     ],
 )
 def test_round_trip(options: dict[str, Any]):
@@ -34,10 +36,12 @@ def test_round_trip(options: dict[str, Any]):
 
 
 def test_an_older_format_becomes_the_present():
-    """Format 1 had neither norm_eps nor residual_in_fp32."""
-    config = ModelConfig.from_dict({**SMALL, "format": 1})
-    assert config == ModelConfig(**SMALL)
-    assert (config.format, config.norm_eps, config.residual_in_fp32) == (FORMAT, 1e-5, False)
+    """Format 1 had neither norm_eps nor residual_in_fp32, format 2 neither experts nor what spares memory."""
+    for older in (1, 2):
+        config = ModelConfig.from_dict({**SMALL, "format": older})
+        assert config == ModelConfig(**SMALL)
+        assert (config.format, config.norm_eps, config.residual_in_fp32) == (FORMAT, 1e-5, False)
+        assert (config.mlp_chunk_size, config.checkpoint_blocks) == (None, False)
 
 
 @pytest.mark.parametrize("mixer", list_mixers())
@@ -68,7 +72,7 @@ def test_the_pattern_is_a_copy():
         ({"pattern": [{"name": "min_gru", "expnd": 2}]}, TypeError, "no option 'expnd'; did you mean expand"),
         ({"pattern": [{"name": "min_gru", "expand": -1}]}, ValueError, "expand.*-1"),
         ({"pattern": [{"name": "min_gru", "d_model": 8}]}, ValueError, "d_model belongs to the model"),
-        ({"pattern": [{"expand": 2}]}, ValueError, "needs a name"),
+        ({"pattern": [{"expand": 2}]}, ValueError, "needs a name, or 'parallel'"),
         ({"pattern": []}, ValueError, "at least one mixer"),
         ({"pattern": ""}, ValueError, "at least one mixer"),
         ({"pattern": 3}, TypeError, "a name or a list, got 3"),

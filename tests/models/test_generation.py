@@ -38,10 +38,10 @@ def test_greedy_is_the_argmax_of_the_full_forward(mixer: str, options: dict[str,
     # tied or large embeddings would make a fresh model repeat its last token, few tokens a short cycle of them
     model = build(mixer, tie_embeddings=False, vocab_size=197, **options)
     with torch.no_grad():
-        model.embedding.weight.mul_(0.3)
-    prompts = prompts_of(tokens, 5, 1, 12)
+        model.embedding.weight.mul_(0.35)
+    prompts = prompts_of(tokens, 5, 1, 12, 3, 8, 2)
     got = generate(model, prompts, 8, temperature=0)
-    assert got.shape == (3, 8)
+    assert got.shape == (6, 8)
     assert got.dtype == torch.int64
     for row, prompt in zip(got, prompts, strict=True):
         assert torch.equal(row, slow_greedy(model, prompt, 8))

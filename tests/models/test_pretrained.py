@@ -511,6 +511,9 @@ def test_a_mamba2_of_our_own(options: dict[str, Any], tokens: Tokens, tmp_path: 
             {"pattern": [{"name": "mamba2", "expand": 1.5, "norm_eps": 0.1}]},
             "nearest, mamba2: expand=1.5 instead of an integer; norm_eps=0.1 of the mixer instead of 1e-05, the",
         ),
+        ({"pattern": [{"name": "mamba", "shared": "all"}]}, "shared blocks instead of one a layer"),
+        ({"pattern": [{"parallel": ["mamba", "min_gru"]}]}, "mixers in parallel instead of one a block"),
+        ({"pattern": ["mamba", {"name": "mamba", "mlp": "gated"}]}, "mlp='gated' of a block instead of 'none'"),
     ],
 )
 def test_models_that_the_format_cannot_hold(options: dict[str, Any], words: str, tmp_path: Path):
