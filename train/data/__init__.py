@@ -1,3 +1,5 @@
 """Data modules: what a model is trained and judged on."""
 
 from seqzoo.train.data.folder_bytes import FolderBytes as FolderBytes
+from seqzoo.train.data.packed_batches import PackedBatchSampler as PackedBatchSampler
+from seqzoo.train.data.packed_batches import pack_lengths as pack_lengths
