@@ -1,0 +1,8 @@
+"""Sequence parallel: one sequence, or packed ones, on several ranks."""
+
+from seqzoo.parallel.exchange import SequenceParallelError as SequenceParallelError
+from seqzoo.parallel.exchange import keep_exchanges as keep_exchanges
+from seqzoo.parallel.loss import next_tokens as next_tokens
+from seqzoo.parallel.parallelize import parallelize as parallelize
+from seqzoo.parallel.parallelize import sum_gradients as sum_gradients
+from seqzoo.parallel.plan import Plan as Plan
