@@ -118,7 +118,7 @@ def diagonal_steps(space: StateSpace) -> tuple[Tensor, Tensor]:
 
 
 def diagonal_step(space: StateSpace) -> tuple[Tensor, Tensor]:
-    """Factors and inputs, ``(D, N)``, of one step: ``exp(exponents)`` of :func:`diagonal_steps`, in fewer operations."""
+    """Factors and inputs, ``(D, N)``, of one step: ``exp(exponents)`` of :func:`diagonal_steps`, at less cost."""
     scaled = space.step[:, None] * space.poles
     if space.discretisation == "bilinear":
         below = 1 - scaled / 2
