@@ -225,10 +225,9 @@ class SequenceMixer(nn.Module):
 
     def _weight(self) -> Tensor | None:
         """The parameter that tells device and dtype: the first that is not kept in float32, if there is one."""
-        mixers = (module for module in self.modules() if isinstance(module, SequenceMixer))
-        kept = {id(parameter) for mixer in mixers for parameter in mixer.wide_parameters().values()}
-        parameters = list(self.parameters())
-        return next((p for p in parameters if id(p) not in kept), parameters[0] if parameters else None)
+        # every token that is decoded asks: no list of all parameters first
+        found = _first_parameter(self, set())
+        return next(self.parameters(), None) if found is None else found
 
     def _check_input(self, x: Tensor, rank: int, letters: str) -> None:
         name = type(self).__name__
@@ -315,6 +314,20 @@ class SequenceMixer(nn.Module):
         super()._load_from_state_dict(*arguments, **options)
         # assign=True takes the stored tensors as they are
         self._widen()
+
+
+def _first_parameter(module: nn.Module, kept: set[int]) -> Tensor | None:
+    """The first parameter that is none of ``kept``, to which the mixers on the way add theirs."""
+    if isinstance(module, SequenceMixer):
+        kept |= {id(parameter) for parameter in module.wide_parameters().values()}
+    for parameter in module._parameters.values():
+        if parameter is not None and id(parameter) not in kept:
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else _first_parameter(child, kept)
+        if found is not None:
+            return found
+    return None
 
 
 def fork(state: State | list[State] | tuple[State, ...], n: int) -> Any:

@@ -68,8 +68,7 @@ class AttentionMixer(SequenceMixer):
         if logit_cap is not None:
             check_number("logit_cap", logit_cap, above=0)
         self.logit_cap = logit_cap
-        self.widths = [heads * self.head_dim for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=bias)
+        self.in_proj = nn.Linear(d_model, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=bias)
         self.rotary = None if rotary_base is None else Rotary(self.head_dim, base=rotary_base, scaling=rotary_scaling)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-5) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-5) if qk_norm else None
@@ -88,21 +87,23 @@ class AttentionMixer(SequenceMixer):
 
     def mix(self, x: Tensor, state: State | None, packing: Packing | None, return_state: bool) -> Mixed:
         """Projects, rotates, attends, projects."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.in_proj(x).split(self.widths, dim=-1))
+        heads, groups = self.n_heads, self.n_kv_heads
+        qk, v = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).split([heads + groups, groups], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = _normalised(q, self.q_norm), _normalised(k, self.k_norm)
+            q, k = qk.split([heads, groups], dim=2)
+            qk = torch.cat((_normalised(q, self.q_norm), _normalised(k, self.k_norm)), dim=2)
         if self.rotary is not None:
-            positions, _ = count_positions(x, None if state is None else state["length"], packing)
-            q, k = self.rotary(q, positions), self.rotary(k, positions)
+            # at a token that is decoded the calls cost more than their work
+            qk = self.rotary(qk, count_positions(x, None if state is None else state["length"], packing)[0])
+        q, k = qk.split([heads, groups], dim=2)
         if state is None and not return_state:
             return Mixed(self.out_proj(self.attend(q, k, v, None, packing, False)[0].flatten(2)))
-        # under autocast the projections are narrower than x, whose dtype the state has
-        kind = q.dtype
-        if state is not None:
-            state = {name: value.to(kind) if name != "length" else value for name, value in state.items()}
-        o, after = self.attend(q, k, v, state, packing, return_state)
-        if after is not None:
-            after = {name: value.to(x.dtype) if name != "length" else value for name, value in after.items()}
+        if q.dtype == x.dtype:
+            o, after = self.attend(q, k, v, state, packing, return_state)
+        else:
+            # under autocast the projections are narrower than x, whose dtype the state has
+            o, after = self.attend(q, k, v, _converted(state, q.dtype), packing, return_state)
+            after = _converted(after, x.dtype)
         return Mixed(self.out_proj(o.flatten(2)), after)
 
     def flops(self, length: int) -> int:
@@ -122,6 +123,12 @@ class AttentionMixer(SequenceMixer):
                 nn.init.zeros_(part.bias)
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
+
+
+def _converted(state: State | None, dtype: torch.dtype) -> State | None:
+    if state is None:
+        return None
+    return {name: value.to(dtype) if name != "length" else value for name, value in state.items()}
 
 
 def _normalised(x: Tensor, norm: nn.RMSNorm) -> Tensor:

@@ -65,10 +65,13 @@ class Rotary(nn.Module):
         # float64: in float32 the angle of position 100,000 is off by 0.004
         angles = positions[..., None, None].to(torch.float64) * self.rates(x.device)
         dtype = accumulator(x.dtype)
-        grown = self.growth()
-        cosine, sine = (grown * angles.cos()).to(dtype), (grown * angles.sin()).to(dtype)
+        cosine, sine = angles.cos(), angles.sin()
+        if self.scaling:
+            cosine, sine = self.growth() * cosine, self.growth() * sine
+        cosine, sine = cosine.to(dtype), sine.to(dtype)
         first, second = x.to(dtype).chunk(2, dim=-1)
-        return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1).to(x.dtype)
+        turned = torch.addcmul(first * cosine, second, sine, value=-1), torch.addcmul(first * sine, second, cosine)
+        return torch.cat(turned, dim=-1).to(x.dtype)
 
     def rates(self, device: torch.device) -> Tensor:
         """Angles a position, float64 ``(K / 2,)``."""

@@ -20,7 +20,8 @@ def build(name: str = "attention", **options) -> torch.nn.Module:
 
 def dense(mixer, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """The layer by PyTorch's own attention, with a mask and all heads of keys."""
-    q, k, v = (part.unflatten(-1, (-1, mixer.head_dim)) for part in mixer.in_proj(x).split(mixer.widths, dim=-1))
+    counts = [mixer.n_heads, mixer.n_kv_heads, mixer.n_kv_heads]
+    q, k, v = mixer.in_proj(x).unflatten(-1, (-1, mixer.head_dim)).split(counts, dim=2)
     if mixer.q_norm is not None:
         q, k = (F.rms_norm(t, t.shape[-1:], n.weight, n.eps) for t, n in ((q, mixer.q_norm), (k, mixer.k_norm)))
     if mixer.rotary is not None:
