@@ -37,7 +37,7 @@ HEAVY = {
     "rich",
     "jsonargparse",
 }
-MAY_IMPORT_HEAVY = ("seqzoo.train", "seqzoo.eval")
+MAY_IMPORT_HEAVY = ("seqzoo.train", "seqzoo.eval", "seqzoo.hub.causal_lm")
 # loaded when an op is first called (the cold import below holds that)
 KERNELS = ("cpu", "gpu", "numba_", "aot")
 

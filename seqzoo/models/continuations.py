@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from seqzoo.models.language_model import LanguageModel
 from seqzoo.packing import Packing
+
+
+class Score(NamedTuple):
+    """Of each token of a continuation ``(T,)`` its log-probability, and whether none is more probable."""
+
+    log_probabilities: Tensor
+    greedy: Tensor
 
 
 def log_likelihoods(
@@ -42,6 +50,18 @@ def log_likelihoods(
         >>> bool(chosen < 0), bool(rejected < 0)
         (True, True)
     """
+    wide = torch.promote_types(model.embedding.weight.dtype, torch.float32)
+    none = model.embedding.weight.new_zeros(0, dtype=wide)
+    return [
+        torch.stack([one.log_probabilities.sum() for one in several]) if several else none
+        for several in score(model, prompts, continuations)
+    ]
+
+
+def score(
+    model: LanguageModel, prompts: Sequence[Tensor], continuations: Sequence[Sequence[Tensor]]
+) -> list[list[Score]]:
+    """As :func:`log_likelihoods`, token by token."""
     if len(prompts) != len(continuations):
         raise ValueError(
             f"there must be a list of continuations for each of {len(prompts)} prompts, got {len(continuations)}"
@@ -55,20 +75,23 @@ def log_likelihoods(
                     f"a {name} must be tokens of shape (T,), T at least 1, got {tuple(row.shape)} at {index}"
                 )
     if not flat:
-        return [model.embedding.weight.new_zeros(0) for _ in prompts]
+        return [[] for _ in prompts]
     device = model.embedding.weight.device
     packing = Packing.from_lengths([len(row) for row in prompts], device=device)
     logits, state = model.prefill(torch.cat(list(prompts))[None].to(device), packing)
     order = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)).to(device)
     copies = [{key: value.index_select(0, order) for key, value in one.items()} for one in state]
-    first = torch.stack([row[0] for row in flat]).to(device)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    found = logits[order].to(wide).log_softmax(-1).gather(1, first[:, None].long())[:, 0]
+    before = logits[order][:, None]
     lengths = [len(row) - 1 for row in flat]
+    later = logits.new_zeros(0, logits.shape[-1])
     if sum(lengths):
         ids = torch.cat([row[:-1] for row in flat])[None].to(device)
-        targets = torch.cat([row[1:] for row in flat]).to(device)
-        later, _ = model(ids, copies, cu_seqlens=Packing.from_lengths(lengths, device=device))
-        scores = later[0].to(wide).log_softmax(-1).gather(1, targets[:, None].long())[:, 0]
-        found = found + torch.stack([part.sum() for part in scores.split(lengths)])
-    return list(found.split(counts))
+        later = model(ids, copies, cu_seqlens=Packing.from_lengths(lengths, device=device))[0][0]
+    scores = []
+    for row, *parts in zip(flat, before, later.split(lengths), strict=True):
+        predicted = torch.cat(parts).to(torch.promote_types(logits.dtype, torch.float32))
+        targets = row.to(device, torch.int64)
+        found = predicted.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        scores.append(Score(found, predicted.argmax(-1) == targets))
+    remaining = iter(scores)
+    return [[next(remaining) for _ in range(count)] for count in counts]
