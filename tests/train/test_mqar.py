@@ -75,7 +75,7 @@ def test_a_batch_depends_on_seed_and_index_alone():
         ({"length": 31}, "length must be even"),
         ({"vocab_size": 13}, "vocab_size must be at least 2 . n_pairs . 2 = 14, got 13"),
         ({"batch_size": 0}, "must be positive"),
-        ({"index": -1}, "index not negative"),
+        ({"index": -1}, "index must not be negative"),
     ],
 )
 def test_impossible_batches_are_refused(options, message):

@@ -41,7 +41,7 @@ def test_a_batch_depends_on_seed_and_index_alone():
     [
         ({"length": 3}, "length must be at least n_tokens = 4, got 3"),
         ({"batch_size": 0}, "must be positive"),
-        ({"index": -1}, "index not negative"),
+        ({"index": -1}, "index must not be negative"),
     ],
 )
 def test_impossible_batches_are_refused(options, message):

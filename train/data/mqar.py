@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seqzoo.train.data.draws import check_batch, distinct
 from seqzoo.train.data.windows import IGNORED
 
 
@@ -37,21 +38,14 @@ def mqar(
     Raises:
         ValueError: If the pairs do not fit into the length or the ids, or a number is out of range.
     """
-    if min(batch_size, n_pairs) < 1 or index < 0:
-        raise ValueError(
-            f"batch_size and n_pairs must be positive and index not negative, got {batch_size}, {n_pairs} and {index}"
-        )
+    random = check_batch(seed, index, batch_size=batch_size, n_pairs=n_pairs)
     if length % 2 or length < 4 * n_pairs:
         raise ValueError(f"length must be even and at least 4 * n_pairs = {4 * n_pairs}, got {length}")
     keys, values = vocab_size // 2 - 1, vocab_size - vocab_size // 2
     if min(keys, values) < n_pairs:
         raise ValueError(f"vocab_size must be at least 2 * n_pairs + 2 = {2 * n_pairs + 2}, got {vocab_size}")
-    random = np.random.default_rng([seed, index])
-
-    def draw(known: int) -> Tensor:
-        return torch.from_numpy(random.random((batch_size, known)).argsort(1)[:, :n_pairs])
-
-    key, value = 1 + draw(keys), vocab_size // 2 + draw(values)
+    key = torch.from_numpy(1 + distinct(random, batch_size, keys, n_pairs))
+    value = torch.from_numpy(vocab_size // 2 + distinct(random, batch_size, values, n_pairs))
     slots = length // 2 - n_pairs
     weights = np.arange(1, slots + 1) ** (power - 1.0)
     # the least of exponential variables with these rates: drawn without replacement, each with its weight

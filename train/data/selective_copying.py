@@ -6,10 +6,10 @@ model whose dynamics do not depend on the input cannot tell the tokens from the 
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from seqzoo.train.data.draws import check_batch, distinct
 from seqzoo.train.data.windows import IGNORED
 
 NOISE = 0
@@ -37,16 +37,11 @@ def selective_copying(
     Raises:
         ValueError: If the symbols do not fit into the length, or a number is not positive.
     """
-    if min(batch_size, n_tokens, n_symbols) < 1 or index < 0:
-        raise ValueError(
-            f"batch_size, n_tokens and n_symbols must be positive and index not negative, got {batch_size}, "
-            f"{n_tokens}, {n_symbols} and {index}"
-        )
+    random = check_batch(seed, index, batch_size=batch_size, n_tokens=n_tokens, n_symbols=n_symbols)
     if n_tokens > length:
         raise ValueError(f"length must be at least n_tokens = {n_tokens}, got {length}")
-    random = np.random.default_rng([seed, index])
     symbols = torch.from_numpy(random.integers(1, n_symbols + 1, (batch_size, n_tokens)))
-    places = torch.from_numpy(random.random((batch_size, length))).argsort(1)[:, :n_tokens].sort(1).values
+    places = torch.from_numpy(distinct(random, batch_size, length, n_tokens)).sort(1).values
     ids = torch.full((batch_size, length + n_tokens), NOISE)
     ids[:, length:] = n_symbols + 1
     ids.scatter_(1, places, symbols)
