@@ -14,6 +14,7 @@ COMMANDS = {
     "list": ("seqzoo.zoo", "print the zoo as a table", ""),
     "train": ("seqzoo.train.command", "train a model; without arguments the quickstart", "train"),
     "generate": ("seqzoo.models.command", "continue a prompt with a trained model", ""),
+    "eval": ("seqzoo.eval.command", "judge a trained language model", "train"),
     "report": ("seqzoo.eval.report", "compare runs: a page of curves and tables", "train"),
     "doctor": ("seqzoo.doctor", "check every op on this machine against the float64 reference", ""),
 }
