@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": ("seqzoo.models.command", "continue a prompt with a trained model", ""),
     "eval": ("seqzoo.eval.command", "judge a trained language model", "train"),
     "report": ("seqzoo.eval.report", "compare runs: a page of curves and tables", "train"),
+    "signature": ("seqzoo.eval.signature", "train every kind of mixer on small tasks that tell them apart", "train"),
     "doctor": ("seqzoo.doctor", "check every op on this machine against the float64 reference", ""),
 }
 

@@ -1,0 +1,346 @@
+"""``seqzoo signature``: small tasks that every kind of mixer has to pass *and fail* as its mathematics says.
+
+A model that fails what it should solve has a bug; one that solves what it cannot has one too, as a constraint that does
+not hold or a causal mask that leaks. Four tasks on two cores:
+
+* digits: scikit-learn's digits, 64 pixels one after another: the class;
+* copying: selective copying trained at 64 tokens, judged at 128 (https://arxiv.org/abs/2312.00752, section 4.1.1);
+* recall: MQAR of 6 pairs in 32 tokens (https://arxiv.org/abs/2312.04927);
+* parity: trained at 24 tokens, judged at 96 (https://arxiv.org/abs/2411.12537).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from seqzoo.hub.files import atomic_file
+from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec, nearest
+from seqzoo.models import ClassifierConfig, LanguageModel, ModelConfig, SequenceClassifier
+from seqzoo.packing import Packing
+from seqzoo.parameters import parameter_groups
+from seqzoo.train.data.diagnostics import diagnostic
+from seqzoo.train.data.windows import IGNORED
+from seqzoo.train.schedule import warmup_cosine
+
+SEEDS = 5
+# at this accuracy where it is trained nothing more is to be learned
+SOLVED = 0.999
+Draw = Callable[[int], tuple[Tensor, Tensor]]
+
+
+class LongShortTermMemory(SequenceMixer):
+    """``torch.nn.LSTM``, the nonlinear row of the table; not part of the zoo."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model)
+        self.lstm = nn.LSTM(d_model, d_model, batch_first=True)
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def mix(self, x: Tensor, state: State | None, packing: Packing | None, return_state: bool) -> Mixed:
+        """All tokens, one after another."""
+        given = None if state is None else tuple(state[name].transpose(0, 1).contiguous() for name in ("h", "c"))
+        y, (h, c) = self.lstm(x, given)
+        return Mixed(self.out_proj(y), {"h": h.transpose(0, 1), "c": c.transpose(0, 1)})
+
+    def state_spec(self, batch_size: int, dtype: torch.dtype) -> StateSpec:
+        """Two vectors."""
+        return dict.fromkeys(("h", "c"), ((batch_size, 1, self.d_model), dtype))
+
+    def reset_parameters(self) -> None:
+        """PyTorch's."""
+        self.lstm.reset_parameters()
+        self.out_proj.reset_parameters()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained and judged.
+
+    Attributes:
+        model: Values of the model's configuration.
+        steps: Of training, at most.
+        batch: Sequences of a step.
+        training: Makes a step's batch from its number, given a seed.
+        judging: Likewise those that are judged.
+        trained: Those that tell whether training has nothing more to learn.
+    """
+
+    model: Mapping[str, Any]
+    steps: int
+    batch: int
+    training: Callable[[int], Draw]
+    judging: Callable[[], tuple[Tensor, Tensor]]
+    trained: Callable[[], tuple[Tensor, Tensor]]
+
+
+def _drawn(name: str, batch: int, options: Mapping[str, Any], longer: Mapping[str, Any]) -> dict[str, Any]:
+    def training(seed: int) -> Draw:
+        return lambda step: diagnostic(name, **options)(seed, step, batch_size=batch)
+
+    # no run has this seed
+    return {
+        "batch": batch,
+        "training": training,
+        "judging": lambda: diagnostic(name, **{**options, **longer})(2**40, 0, batch_size=512),
+        "trained": lambda: diagnostic(name, **options)(2**40, 1, batch_size=256),
+    }
+
+
+def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels and classes for training, then for judging: every fifth digit."""
+    from sklearn.datasets import load_digits
+
+    images, classes = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32)[..., None] / 8 - 1
+    y = torch.tensor(classes)
+    held = torch.arange(len(y)) % 5 == 0
+    return x[~held], y[~held], x[held], y[held]
+
+
+def _digit_batches(seed: int) -> Draw:
+    x, y, _, _ = _digits()
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rows = torch.randint(len(y), (64,), generator=generator)
+        return x[rows], y[rows]
+
+    return draw
+
+
+TASKS = {
+    "digits": Task(
+        {"n_features": 1, "n_classes": 10, "d_model": 64, "n_layers": 2},
+        900,
+        64,
+        _digit_batches,
+        lambda: _digits()[2:],
+        lambda: _digits()[:2],
+    ),
+    "copying": Task(
+        {"vocab_size": 10, "d_model": 64, "n_layers": 2},
+        2000,
+        **_drawn("selective-copying", 32, {"length": 64, "n_tokens": 4, "n_symbols": 8}, {"length": 128}),
+    ),
+    "recall": Task(
+        {"vocab_size": 64, "d_model": 64, "n_layers": 2},
+        1500,
+        **_drawn("mqar", 64, {"length": 32, "n_pairs": 6, "vocab_size": 64}, {}),
+    ),
+    "parity": Task(
+        {"vocab_size": 2, "d_model": 32, "n_layers": 1}, 1500, **_drawn("parity", 64, {"length": 24}, {"length": 96})
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kind of mixer.
+
+    Attributes:
+        mixer: The entry of a pattern; None means ``torch.nn.LSTM``.
+        expected: By task ``(">=", value)`` or ``("<=", value)`` of every seed; a task that is missing is not run.
+        instead: By task other options of the mixer, or of the model under ``"model"``.
+    """
+
+    mixer: Mapping[str, Any] | None
+    expected: Mapping[str, tuple[str, float]]
+    instead: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+ROWS = {
+    "S4D": Row(
+        {"name": "s4d"},
+        {"digits": (">=", 0.93), "copying": ("<=", 0.5), "recall": ("<=", 0.5), "parity": ("<=", 0.7)},
+        {"parity": {"model": {"n_layers": 2}}},
+    ),
+    "minGRU": Row(
+        {"name": "min_gru"},
+        {"digits": (">=", 0.6), "copying": (">=", 0.95), "recall": ("<=", 0.5), "parity": ("<=", 0.7)},
+        {"recall": {"d_conv": 4}},
+    ),
+    "minGRU in (-1, 1)": Row(
+        {"name": "min_gru", "gate_range": [-1.0, 1.0]},
+        {"copying": (">=", 0.95), "parity": (">=", 0.75)},
+    ),
+    "Mamba": Row(
+        {"name": "mamba"},
+        {"copying": (">=", 0.95), "recall": ("<=", 0.5), "parity": ("<=", 0.7)},
+        {"parity": {"model": {"n_layers": 2}}},
+    ),
+    "linear attention": Row(
+        {"name": "linear_attention", "feature_map": "taylor"},
+        {"digits": (">=", 0.5), "copying": ("<=", 0.7), "recall": (">=", 0.99), "parity": ("<=", 0.7)},
+        {"recall": {"d_conv": 4}, "parity": {"model": {"n_layers": 2}}},
+    ),
+    "DeltaNet": Row({"name": "deltanet"}, {"recall": (">=", 0.99), "parity": ("<=", 0.7)}),
+    "DeltaNet in (-1, 1)": Row(
+        {"name": "deltanet", "negative_eigenvalues": True}, {"recall": (">=", 0.99), "parity": (">=", 0.75)}
+    ),
+    "attention": Row(
+        {"name": "attention"},
+        {"digits": (">=", 0.85), "parity": ("<=", 0.7)},
+        {"parity": {"rotary_base": None, "model": {"n_layers": 2}}},
+    ),
+    "LSTM": Row(
+        None,
+        {"digits": (">=", 0.85), "copying": (">=", 0.95), "recall": ("<=", 0.5), "parity": (">=", 0.99)},
+    ),
+}
+
+
+def build(row: Row, task: str) -> LanguageModel | SequenceClassifier:
+    """The model of a row for a task."""
+    instead = dict(row.instead.get(task, {}))
+    values = {**TASKS[task].model, **instead.pop("model", {})}
+    pattern: list[str | dict[str, Any]] = ["min_gru"] if row.mixer is None else [{**row.mixer, **instead}]
+    model: LanguageModel | SequenceClassifier
+    if "n_classes" in values:
+        model = SequenceClassifier(ClassifierConfig(pattern=pattern, **values))
+    else:
+        model = LanguageModel(ModelConfig(pattern=pattern, **values))
+    if row.mixer is None:
+        for block in model.backbone.blocks:
+            block.mixer = LongShortTermMemory(values["d_model"])  # pyright: ignore - a ModuleList hides its class
+    return model
+
+
+@torch.inference_mode()
+def accuracy(model: LanguageModel | SequenceClassifier, batch: tuple[Tensor, Tensor]) -> float:
+    """The share of labels that the model's first choice hits."""
+    x, labels = batch
+    model.eval()
+    found = model(x)
+    logits = found[0] if isinstance(found, tuple) else found
+    model.train()
+    asked = labels != IGNORED
+    return float((logits.argmax(-1) == labels)[asked].float().mean())
+
+
+def run(name: str, task: str, seed: int, steps: int | None = None) -> dict[str, Any]:
+    """Trains a row on a task; the accuracy where it is judged, steps and seconds.
+
+    Args:
+        name: Of a row.
+        task: Of a task.
+        seed: Of initialisation and data.
+        steps: Of training; those of the task when omitted.
+    """
+    row, what = ROWS[name], TASKS[task]
+    steps = what.steps if steps is None else steps
+    torch.manual_seed(seed)
+    model = build(row, task)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 3e-3, 0.1), betas=(0.9, 0.95))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    draw, trained = what.training(seed), what.trained()
+    warmup, done = min(100, steps // 10), 0
+    started = time.perf_counter()
+    for step in range(steps):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * warmup_cosine(step, warmup, steps)
+        loss = cast("Tensor", model.loss(*draw(step)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        done = step + 1
+        # what generalises to longer sequences goes on settling after it is solved at this length
+        if task == "recall" and done % 100 == 0 and accuracy(model, trained) >= SOLVED:
+            break
+    return {
+        "row": name,
+        "task": task,
+        "seed": seed,
+        "accuracy": round(accuracy(model, what.judging()), 4),
+        "accuracy_in_training": round(accuracy(model, trained), 4),
+        "steps": done,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def holds(expected: tuple[str, float], value: float) -> bool:
+    """Whether an accuracy is what a row promises."""
+    sign, bound = expected
+    return value >= bound if sign == ">=" else value <= bound
+
+
+def markdown(results: Sequence[Mapping[str, Any]]) -> str:
+    """The table: medians of the seeds with their range, what is expected, and how many seeds fail it."""
+    lines = ["| " + " | ".join(["", *TASKS]) + " |", "| " + " | ".join(["---"] * (len(TASKS) + 1)) + " |"]
+    for name, row in ROWS.items():
+        cells = []
+        for task in TASKS:
+            values = [one["accuracy"] for one in results if (one["row"], one["task"]) == (name, task)]
+            if not values:
+                cells.append("")
+                continue
+            spread = f"{min(values):.2f} to {max(values):.2f}" if len(values) > 1 else "1 seed"
+            sign, bound = row.expected[task]
+            failed = sum(not holds(row.expected[task], value) for value in values)
+            verdict = f"**{failed} of {len(values)} fail**" if failed else "holds"
+            cells.append(f"{statistics.median(values):.3f} ({spread}; {sign} {bound}: {verdict})")
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    seconds = sum(one["seconds"] for one in results)
+    lines += ["", f"{len(results)} runs, {seconds / 60:.0f} minutes of one process in sum."]
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    options = argparse.ArgumentParser(prog="seqzoo signature", description="Train every kind of mixer on small tasks.")
+    options.add_argument("--output", type=Path, default=Path("signature"), help="folder of results (%(default)s)")
+    options.add_argument("--seeds", type=int, default=SEEDS, help="runs of every cell (%(default)s)")
+    options.add_argument("--rows", nargs="+", default=list(ROWS), help="which kinds; all by default")
+    options.add_argument("--tasks", nargs="+", default=list(TASKS), help="which tasks; all by default")
+    options.add_argument("--steps", type=int, help="of every run; those of the task when omitted")
+    options.add_argument("--part", default="1/1", help="i/n: this process takes every n-th run, to share them out")
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs what has no result yet, and writes the table; the status is 1 where a row does not keep what it promises."""
+    options = parser().parse_args(arguments)
+    try:
+        for what, given, known in (("row", options.rows, ROWS), ("task", options.tasks, TASKS)):
+            for name in given:
+                if name not in known:
+                    raise ValueError(f"there is no {what} {name!r}; {nearest(name, known)}")
+        part, parts = (int(number) for number in options.part.split("/"))
+        if options.seeds < 1 or not 1 <= part <= parts:
+            raise ValueError(f"--seeds must be at least 1 and --part i/n, got {options.seeds} and {options.part}")
+        options.output.mkdir(parents=True, exist_ok=True)
+        wanted = [
+            (name, task, seed)
+            for seed in range(options.seeds)
+            for name in options.rows
+            for task in options.tasks
+            if task in ROWS[name].expected
+        ][part - 1 :: parts]
+        for name, task, seed in wanted:
+            path = options.output / f"{name}-{task}-{seed}.json".replace(" ", "_")
+            if path.exists():
+                continue
+            found = run(name, task, seed, options.steps)
+            with atomic_file(path, what=path.name) as file:
+                file.write(json.dumps(found) + "\n")
+            sys.stdout.write(json.dumps(found) + "\n")
+            sys.stdout.flush()
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.output.glob("*.json"))]
+        with atomic_file(options.output / "signature.md", what="signature.md") as file:
+            file.write(markdown(results))
+    except (ImportError, OSError, ValueError) as error:
+        sys.stderr.write(f"seqzoo signature: {' '.join(str(error).split())}\n")
+        return 2
+    sys.stdout.write(markdown(results))
+    return int(any(not holds(ROWS[one["row"]].expected[one["task"]], one["accuracy"]) for one in results))
