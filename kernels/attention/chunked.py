@@ -163,8 +163,7 @@ def backward(
     grad_sinks = q.new_empty(0)
     if sinks is not None:
         rows = grad_lse - _products(grad_o, o)
-        weights = (sinks.to(lse.dtype) - lse).exp_().masked_fill_(blind, 0.0)
-        grad_sinks = (weights * rows).sum((0, 1)).to(sinks.dtype)
+        grad_sinks = ((sinks.to(lse.dtype) - lse).exp_() * rows).sum((0, 1)).to(sinks.dtype)
     return grad_q, grad_k, grad_v, grad_sinks, q.new_empty(0) if grad_bias is None else grad_bias
 
 
@@ -365,6 +364,8 @@ class Tiles:
         return bias[(*cut, slice(keys.start, keys.stop))]
 
 
+# an exported program calls the op while autograd records, which cannot follow what writes to tiles in place
+@torch.no_grad()
 def attend_in_tiles(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: Form) -> tuple[Tensor, Tensor]:
     """o and lse of a batch of dense sequences."""
     tiles = Tiles(q, k, form)
@@ -390,6 +391,7 @@ def attend_in_tiles(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: 
     return o, lse
 
 
+@torch.no_grad()
 def differentiate_in_tiles(
     grad_o: Tensor,
     grad_lse: Tensor,

@@ -25,7 +25,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: Form) -> 
     if not _has_kernel(q, k, v, bias, form):
         return attend_in_tiles(q, k, v, bias, form)
     q, k, v = (_heads_first(x) for x in (q, k, v))
-    mask = None if bias is None else bias.to(q.dtype)
+    mask = _mask(bias, q)
     if q.shape[2] == 1 and q.shape[1] > k.shape[1] and (mask is None or mask.shape[1] == 1):
         # the queries of a group as those of one head read its keys once
         o, lse = _dense(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]), k, v, mask, form)
@@ -70,7 +70,7 @@ def differentiate(
         )
         grads = earlier[0] + own[0], *(torch.cat(pair, 2) for pair in zip(earlier[1:], own[1:], strict=True))
     else:
-        mask = None if bias is None else bias.to(q.dtype)
+        mask = _mask(bias, q)
         of_queries = [x[:, :, -before:] for x in (grad_o, q, o, lse)]
         given = *of_queries[:2], k, v, *of_queries[2:], 0.0, form.causal
         grads = _flash_backward(*given, attn_mask=mask, scale=form.scale)
@@ -90,6 +90,11 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> 
         # the kernel's lse is 0 where nothing is seen
         lse = lse.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)
     return o, lse
+
+
+def _mask(bias: Tensor | None, q: Tensor) -> Tensor | None:
+    """The bias in a dtype that the kernel takes: q's, or float32 beside half precision, whose rounding it is spared."""
+    return bias if bias is None or q.dtype != torch.float64 else bias.to(q.dtype)
 
 
 def _has_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: Form) -> bool:

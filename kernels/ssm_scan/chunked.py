@@ -107,7 +107,7 @@ class _Diagonal:
         after, final = linear_scan(factor.flatten(), found.flatten(2), cu_seqlens=cu_chunks)
         # what leaves a chunk enters the next; a slice of one chunk fewer would tie compiled code to its length
         before = torch.where(first.T[..., None], 0, after.roll(1, 1))
-        sequences = len(final) if ends is None else len(ends)
+        sequences = final.shape[0] if ends is None else ends.shape[0]
         return as_real(before.view_as(found)).permute(2, 3, 1, 0), final[:sequences].unflatten(1, factor.shape)
 
 

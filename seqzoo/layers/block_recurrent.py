@@ -85,7 +85,7 @@ class BlockRecurrent(SequenceMixer):
         super().__init__(d_model)
         check_flags(bias=bias)
         if gate not in GATES:
-            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}; {nearest(str(gate), GATES)}")
+            raise ValueError(f"there is no gate {gate!r}; {nearest(str(gate), GATES)}")
         if n_heads is None and head_dim is None:
             head_dim = max((size for size in range(2, 65, 2) if d_model % size == 0), default=None)
         self.n_heads, self.head_dim = count_heads(d_model, n_heads, head_dim, 64)

@@ -162,9 +162,13 @@ def build_core(core: str | Mapping[str, Any], d_model: int) -> HeadMixer:
         raise TypeError(f"core must be a name or a mapping with a name and options, got {core!r}")
     options = {"name": core} if isinstance(core, str) else dict(core)
     name = options.pop("name", None)
-    known = [one for one in list_mixers() if issubclass(registration(one).mixer, HeadMixer)]
+    # one with a way of its own to mix (prefix linear attention) would lose what is not in its recurrence
+    mixers = {one: registration(one).mixer for one in list_mixers()}
+    known = [one for one, mixer in mixers.items() if issubclass(mixer, HeadMixer) and mixer.mix is HeadMixer.mix]
     if name not in known:
-        raise ValueError(f"core must be one of {', '.join(known)}, got {name!r}; {nearest(str(name), known)}")
+        raise ValueError(
+            f"core must be a mixer with keys and values of every head, got {name!r}; {nearest(str(name), known)}"
+        )
     if "d_model" in options:
         raise ValueError("d_model belongs to the mixture, not to its core")
     return cast(HeadMixer, create(name, d_model=d_model, **options))

@@ -51,7 +51,7 @@ class TransMamba(Mamba2):
     """
 
     variants = (
-        {"transition_point": 5, "d_state": 4, "n_heads": 2},
+        {"transition_point": 7, "d_state": 4, "n_heads": 2},
         {"transition_point": 3, "d_state": 3, "n_heads": 4, "n_groups": 2, "d_conv": 2, "bias": True},
     )
 

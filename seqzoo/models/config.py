@@ -213,6 +213,8 @@ class BackboneConfig:
             TypeError: If a value is missing, or has the wrong type.
             ValueError: If a name is unknown, a value out of range, or the format newer than this version reads.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a {cls.__name__} is made of names and values, a JSON object, got {type(values).__name__}")
         # first, since a newer format is what explains names that are unknown here
         _check_format(values.get("format", FORMAT))
         fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -232,10 +234,7 @@ class BackboneConfig:
             TypeError: If the text is not an object of names and values, or as :meth:`from_dict` does.
             ValueError: If the text is not JSON, or as :meth:`from_dict` does.
         """
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise TypeError(f"a {cls.__name__} is a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(json.loads(text))
 
 
 @dataclass(frozen=True, kw_only=True)

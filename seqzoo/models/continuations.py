@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.models.language_model import LanguageModel
+from seqzoo.models.padding import check_ids
 from seqzoo.packing import Packing
 
 
@@ -31,15 +32,16 @@ def log_likelihoods(
 
     Args:
         model: The model.
-        prompts: Integer tokens ``(T,)`` each, none of them empty.
+        prompts: int64 or int32 tokens ``(T,)`` each, none of them empty.
         continuations: For each prompt tokens ``(T,)`` that may follow it, none of them empty.
 
     Returns:
         For each prompt ``(n,)``, float32 (float64 for float64 models), one a continuation.
 
     Raises:
-        TypeError: If tokens are no integers.
-        ValueError: If the numbers of prompts and of lists of continuations differ, or one of them is empty.
+        TypeError: If tokens are no tensors of integers.
+        ValueError: If the numbers of prompts and of lists of continuations differ, one of them is empty, or a token
+            lies outside the vocabulary (on the CPU).
 
     Example:
         >>> import torch
@@ -70,12 +72,14 @@ def score(
     flat = [one for several in continuations for one in several]
     for name, rows in (("prompt", prompts), ("continuation", flat)):
         for index, row in enumerate(rows):
+            check_ids(f"{name} {index}", row)
             if row.dim() != 1 or row.shape[0] == 0:
                 raise ValueError(
                     f"a {name} must be tokens of shape (T,), T at least 1, got {tuple(row.shape)} at {index}"
                 )
     if not flat:
         return [[] for _ in prompts]
+    _check_range(torch.cat(flat), model.config.vocab_size)
     device = model.embedding.weight.device
     packing = Packing.from_lengths([len(row) for row in prompts], device=device)
     logits, state = model.prefill(torch.cat(list(prompts))[None].to(device), packing)
@@ -95,3 +99,9 @@ def score(
         scores.append(Score(found, predicted.argmax(-1) == targets))
     remaining = iter(scores)
     return [[next(remaining) for _ in range(count)] for count in counts]
+
+
+def _check_range(tokens: Tensor, vocab_size: int) -> None:
+    # the last of a continuation is predicted alone, so that no embedding looks at it
+    if tokens.device.type == "cpu" and bool(((tokens < 0) | (tokens >= vocab_size)).any()):
+        raise ValueError(f"ids must lie between 0 and {vocab_size - 1}, got {int(tokens.min())} to {int(tokens.max())}")

@@ -184,6 +184,9 @@ def _rows(prompts: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _check_options(model: LanguageModel, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if isinstance(value, bool):
+            raise ValueError(f"{name} must be a number, got {value!r}")
     if not (isinstance(temperature, (int, float)) and 0.0 <= temperature < math.inf):
         raise ValueError(f"temperature must be finite and at least 0, got {temperature!r}")
     vocab_size = model.config.vocab_size

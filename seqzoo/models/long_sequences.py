@@ -55,6 +55,8 @@ def backward_in_chunks(
     were checkpointed; beside a chunk's activations there are one state a chunk, and the caches of attention with
     their gradients, which grow with the sequence. Dropout is the same in both passes.
 
+    A prefix that a prefix-non-causal mixer sees as a whole must lie within a chunk.
+
     An auxiliary loss is the mean of the chunks', weighted by their tokens. That is the whole sequence's where the loss
     is a mean over tokens; balance losses (MoM, experts) are products of means, so there it is their mean over chunks.
 
@@ -72,7 +74,8 @@ def backward_in_chunks(
 
     Raises:
         TypeError: If a dtype is wrong.
-        ValueError: If ``chunk_size`` is no positive integer, or as :meth:`LanguageModel.loss` does.
+        ValueError: If ``chunk_size`` is no positive integer, a chunk ends inside a prefix, or as
+            :meth:`LanguageModel.loss` does.
         LimitError: If a mixer hands on no state.
         RuntimeError: Where gradients are switched off.
     """
@@ -220,20 +223,38 @@ class _Run:
 
 def _chunks(inputs: Inputs, size: int) -> list[_Chunk]:
     total = inputs.tokens.shape[1]
-    bounds = None if inputs.packing is None else inputs.packing.bounds()
+    packed = inputs.packing
+    bounds = [] if packed is None else packed.bounds()
     chunks = []
     for start in range(0, total, size):
         end = min(start + size, total)
-        if bounds is None:
+        if packed is None:
             chunks.append(_Chunk(slice(start, end), slice(None), None))
             continue
         # the sequences that have tokens in the chunk, and empty ones between them
         rows = slice(bisect_right(bounds, start) - 1, bisect_left(bounds, end))
         edges = [min(max(edge, start), end) - start for edge in bounds[rows.start : rows.stop + 1]]
         lengths = [after - before for before, after in itertools.pairwise(edges)]
-        packing = Packing.from_lengths(lengths, device=inputs.tokens.device)
+        prefixes = _prefixes(packed, rows, start, end)
+        packing = Packing.from_lengths(lengths, prefix_lengths=prefixes, device=inputs.tokens.device)
         chunks.append(_Chunk(slice(start, end), rows, packing))
     return chunks
+
+
+def _prefixes(packing: Packing, rows: slice, start: int, end: int) -> list[int] | None:
+    """The prefixes of the sequences that have tokens between ``start`` and ``end``, of those that begin there."""
+    if packing.prefix_lengths is None:
+        return None
+    found = []
+    bounds, prefixes = packing.bounds()[rows], packing.prefix_lengths[rows].tolist()
+    for index, (begin, prefix) in enumerate(zip(bounds, prefixes, strict=True), rows.start):
+        if begin < end < begin + prefix:
+            raise ValueError(
+                f"the prefix of sequence {index}, tokens {begin} to {begin + prefix} of all, is cut by a chunk that "
+                f"ends at {end}; a prefix lies in one piece: choose another chunk_size"
+            )
+        found.append(prefix if begin >= start else 0)
+    return found
 
 
 def _rows(state: Sequence[State], rows: slice) -> list[State]:

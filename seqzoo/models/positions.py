@@ -37,7 +37,7 @@ class LearnedPositions(nn.Module):
         places, end = count_positions(x, None if state is None else self._start(state, rows), packing)
         if state is None and packing is None:
             self._check(x.shape[1])
-        else:
+        elif rows:
             self._check(end.amax())
         return x + F.embedding(places, self.weight), {"position": end}
 

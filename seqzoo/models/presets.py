@@ -147,7 +147,7 @@ def preset(name: str) -> Preset:
     Raises:
         ValueError: If there is none; the message gives the nearest.
     """
-    if name not in _BY_NAME:
+    if not isinstance(name, str) or name not in _BY_NAME:
         raise ValueError(f"there is no model {name!r}; {nearest(str(name), _BY_NAME)}")
     return _BY_NAME[name]
 

@@ -89,9 +89,11 @@ class RecurrentMemory(nn.Module):
             options: What :class:`RecurrentMemoryConfig` has beside the model's configuration.
 
         Raises:
-            TypeError: If an option is missing, or has the wrong type.
+            TypeError: If it is no language model, or an option is missing or has the wrong type.
             ValueError: If an option is not known, or out of range.
         """
+        if not isinstance(model, LanguageModel):
+            raise TypeError(f"a memory goes around a LanguageModel, got {type(model).__name__}")
         config = RecurrentMemoryConfig.from_dict({**model.config.to_dict(), **options})
         with torch.device("meta"):
             made = cls(config)
@@ -187,10 +189,17 @@ class RecurrentMemory(nn.Module):
 
     def _memory(self, state: State, batch: int) -> Tensor:
         if not isinstance(state, dict) or state.keys() != {"memory"}:
-            raise ValueError(f"the state must be {{'memory': Tensor}}, got {state!r}")
+            given = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"the state must be {{'memory': Tensor}}, got {given}")
         memory, expected = state["memory"], (batch, *self.memory.shape)
+        if not isinstance(memory, Tensor):
+            raise TypeError(f"state['memory'] must be a Tensor, got {type(memory).__name__}")
         if tuple(memory.shape) != expected:
             raise ValueError(f"state['memory'] must have shape {expected}, got {tuple(memory.shape)}")
         if memory.dtype != self.memory.dtype:
             raise TypeError(f"state['memory'] must be {self.memory.dtype}, got {memory.dtype}")
+        if memory.device != self.memory.device:
+            raise ValueError(
+                f"state['memory'] is on {memory.device}, the model on {self.memory.device}; move one of them"
+            )
         return memory

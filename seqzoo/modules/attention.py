@@ -98,12 +98,12 @@ class AttentionMixer(SequenceMixer):
         q, k = qk.split([heads, groups], dim=2)
         if state is None and not return_state:
             return Mixed(self.out_proj(self.attend(q, k, v, None, packing, False)[0].flatten(2)))
-        if q.dtype == x.dtype:
-            o, after = self.attend(q, k, v, state, packing, return_state)
-        else:
-            # under autocast the projections are narrower than x, whose dtype the state has
-            o, after = self.attend(q, k, v, _converted(state, q.dtype), packing, return_state)
-            after = _converted(after, x.dtype)
+        # under autocast the projections are narrower than x, whose dtype the state has: a cache is never converted
+        if state is not None:
+            q, k, v = (one.to(x.dtype) for one in (q, k, v))
+        o, after = self.attend(q, k, v, state, packing, return_state)
+        if after is not None and q.dtype != x.dtype:
+            after = {name: value.to(x.dtype) if name != "length" else value for name, value in after.items()}
         return Mixed(self.out_proj(o.flatten(2)), after)
 
     def flops(self, length: int) -> int:
@@ -123,12 +123,6 @@ class AttentionMixer(SequenceMixer):
                 nn.init.zeros_(part.bias)
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
-
-
-def _converted(state: State | None, dtype: torch.dtype) -> State | None:
-    if state is None:
-        return None
-    return {name: value.to(dtype) if name != "length" else value for name, value in state.items()}
 
 
 def _normalised(x: Tensor, norm: nn.RMSNorm) -> Tensor:

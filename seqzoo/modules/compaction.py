@@ -14,7 +14,8 @@ class Compaction(NamedTuple):
     """Active tokens behind one another, in the order of their sequences and of time.
 
     Counting them needs the host, and on a GPU waits for it. Where shapes may not depend on values, in compiled code and
-    on the meta device, all tokens are kept: those that are not active come last, as one more sequence.
+    on the meta device, and of a batch of none, all tokens are kept: those that are not active come last, as one more
+    sequence.
 
     Attributes:
         order: int64 ``(n,)``, which of the batch's tokens, row by row, lies at each place.
@@ -37,7 +38,8 @@ class Compaction(NamedTuple):
         sorted_keys, order = keys.sort(stable=True)
         edges = torch.arange(rows + 1, device=active.device)
         bounds = torch.searchsorted(sorted_keys, edges, out_int32=True)
-        if torch.compiler.is_compiling() or active.is_meta:
+        # without rows there would be no sequence, of which a Packing has one at least
+        if torch.compiler.is_compiling() or active.is_meta or rows == 0:
             bounds = torch.cat((bounds, bounds.new_full((1,), batch * total)))
             return cls(order, Packing.from_cu_seqlens(bounds, batch * total))
         count = int(bounds[-1])

@@ -47,6 +47,10 @@ def attend_to_cache(
         return_state: Whether the cache is wanted.
         options: Of :func:`seqzoo.ops.attention`.
     """
+    held = () if state is None else (state["k"], state["v"])
+    # whatever takes a gradient keeps keys and values for it
+    sources = (q, k, v, options.get("sinks"), *held)
+    recorded = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in sources)
     if state is None:
         o, _ = attention(q, k, v, cu_seqlens=packing, **options)
         if not return_state:
@@ -55,10 +59,9 @@ def attend_to_cache(
         empty = k.new_zeros(rows, dtype=torch.int64)
         if packing is None:
             return o, {"k": k.clone(), "v": v.clone(), "length": empty + k.shape[1]}
-        return o, _Cache({"k": k[:1, :0].expand(rows, -1, -1, -1), "v": v[:1, :0].expand(rows, -1, -1, -1)}, empty).add(
-            k, v, packing
-        )
-    cache = _Cache({"k": state["k"], "v": state["v"]}, state["length"])
+        none = {name: value[:1, :0].expand(rows, -1, -1, -1) for name, value in (("k", k), ("v", v))}
+        return o, _Cache(none, empty, recorded).add(k, v, packing)
+    cache = _Cache({"k": state["k"], "v": state["v"]}, state["length"], recorded)
     after = cache.add(k, v, packing)
     alike = cache.alike if packing is None else None
     if alike is not None:
@@ -79,8 +82,8 @@ def attend_to_cache(
 class _Cache:
     """A cache to which tokens are added."""
 
-    def __init__(self, tensors: State, length: Tensor) -> None:
-        self.tensors, self.length = tensors, length
+    def __init__(self, tensors: State, length: Tensor, recorded: bool) -> None:
+        self.tensors, self.length, self.recorded = tensors, length, recorded
         self.known = not torch.compiler.is_compiling()
         self.alike = self._alike()
 
@@ -96,7 +99,7 @@ class _Cache:
         new = {"k": k, "v": v}
         total, capacity = k.shape[1], self.tensors["k"].shape[1]
         after = self.length + (total if packing is None else packing.lengths)
-        in_place = self._in_place(k, v)
+        in_place = self._in_place()
         if packing is None and self.alike is not None and not in_place:
             kept = {name: value[:, : self.alike] for name, value in self.tensors.items()}
             return {name: torch.cat((kept[name], new[name]), 1) for name in new} | {"length": after}
@@ -117,11 +120,11 @@ class _Cache:
             "length": after
         }
 
-    def _in_place(self, k: Tensor, v: Tensor) -> bool:
+    def _in_place(self) -> bool:
         values = self.tensors.values()
         return (
             self.known
-            and not (torch.is_grad_enabled() and any(value.requires_grad for value in (k, v, *values)))
+            and not self.recorded
             and all(value.is_contiguous() for value in values)
             and (torch.is_inference_mode_enabled() or not any(value.is_inference() for value in values))
         )

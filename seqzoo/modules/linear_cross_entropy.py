@@ -11,6 +11,7 @@ from torch import Tensor
 from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.derivatives import needs_gradient, once
 from seqzoo.kernels.dispatch import library, slot
+from seqzoo.modules.options import check_count
 
 IGNORED = -100
 CHUNK_LOGITS = 2**24
@@ -36,12 +37,12 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk_size: 
         A scalar, float32 (float64 for float64 inputs); zero where no token counts.
 
     Raises:
-        ValueError: If a label lies outside the vocabulary (on the CPU), or ``chunk_size`` is below 1.
+        ValueError: If a label lies outside the vocabulary (on the CPU), or ``chunk_size`` is no positive integer.
     """
     if chunk_size is None:
         chunk_size = max(128, CHUNK_LOGITS // weight.shape[0])
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    else:
+        chunk_size = check_count("chunk_size", chunk_size)
     # as autocast itself, which leaves float64 alone
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -49,7 +49,7 @@ class Rotary(nn.Module):
         super().__init__()
         if size % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {size}")
-        check_number("rotary_base", base, above=0)
+        check_number("rotary_base", base, above=1)
         self.size, self.base, self.scaling = size, base, _check_scaling(scaling)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -135,6 +135,45 @@ def test_what_sees_nothing_is_zero_and_passes_nothing_on(backend: str):
             assert (grads[0][blind] == 0).all()
 
 
+@pytest.mark.parametrize("backend", SOLVERS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_sees_nothing_passes_not_even_nan_on(backend: str, causal: bool):
+    q, k, v = drawn((2, 7, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4), gradients=True)
+    bias = torch.zeros(2, 1, 1, 5, dtype=torch.float64)
+    bias[0] = -torch.inf
+    with dispatch.backend(backend):
+        outputs = attention(q, k, v, causal=causal, bias=bias)
+        blind = outputs[1] == -torch.inf
+        zeros, broken = (
+            [torch.ones_like(x).masked_fill(blind.view(*blind.shape, *[1] * (x.dim() - 3)), value) for x in outputs]
+            for value in (0.0, torch.nan)
+        )
+        expected = torch.autograd.grad(outputs, [q, k, v], zeros, retain_graph=True)
+        actual = torch.autograd.grad(outputs, [q, k, v], broken)
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", SOLVERS)
+def test_a_bias_is_not_rounded_to_half_precision(backend: str, dtype: torch.dtype):
+    # far from zero neighbours of bfloat16 are 0.5 apart, which is much between two scores
+    (bias,) = drawn((2, 4, 9, 14), dtype=torch.float32)
+    case = attention_case(dtype, (2, 9), keys=14, causal=False)
+    case = replace(case, tensors=case.tensors | {"bias": 30 * bias})
+    worst = compare(case, backend)
+    assert max(worst.values()) <= 1, worst
+    q, k, v = (case.tensors[name] for name in ("q", "k", "v"))
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    with dispatch.backend(backend):
+        # beyond float16's range
+        o, lse = attention(q, k, v, causal=False, bias=bias + 1e5)
+        expected, lse_expected = attention(q, k, v, causal=False, bias=bias + 1e5 - 1e5)
+    torch.testing.assert_close(o, expected, rtol=0.0, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(lse - 1e5, lse_expected, rtol=0.0, atol=0.02)
+
+
 # -- tiles --
 
 
@@ -469,6 +508,23 @@ def test_export_with_dynamic_shapes():
     )
     others = drawn((3, 5, 4, 8), (3, 20, 2, 8), (3, 20, 2, 8))
     torch.testing.assert_close(program.module()(*others), Attend()(*others))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"logit_cap": 2.0, "sinks": True}], ids=str)
+def test_an_exported_program_runs_where_autograd_records(options: dict):
+    class Attend(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+            self.sinks = torch.nn.Parameter(torch.zeros(4)) if options.get("sinks") else None
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return attention(self.weight * q, k, v, **{**options, "sinks": self.sinks})
+
+    given = drawn((2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8), dtype=torch.float32)
+    module = Attend()
+    program = torch.export.export(module, tuple(given))
+    torch.testing.assert_close(program.module()(*given), module(*given))
 
 
 # -- Flex --

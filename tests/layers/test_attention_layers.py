@@ -212,7 +212,7 @@ def test_a_ring_keeps_its_size_and_sees_its_window():
         ("attention", {"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads must divide the 4 heads, got 3"),
         ("attention", {"n_kv_heads": 0}, "n_kv_heads must be a positive integer, got 0"),
         ("attention", {"head_dim": 1}, "rotary positions need an even head_dim, got 1"),
-        ("attention", {"rotary_base": -1}, "rotary_base must be a finite number greater than 0"),
+        ("attention", {"rotary_base": -1}, "rotary_base must be a finite number greater than 1"),
         ("attention", {"rotary_base": None, "rotary_scaling": {"kind": "linear"}}, "needs a rotary_base"),
         ("attention", {"rotary_scaling": {"kind": "yarm", "factor": 2}}, "did you mean yarn"),
         ("attention", {"rotary_scaling": {"kind": "yarn", "factor": 2, "orignal": 3}}, "did you mean original"),
@@ -232,3 +232,34 @@ def test_bad_options(name, options, words):
 def test_a_scaling_that_is_no_mapping():
     with pytest.raises(TypeError, match="rotary_scaling must be a mapping or None, got 4"):
         build(rotary_scaling=4)
+
+
+def test_a_cache_that_a_gradient_needs_is_not_written_in_place():
+    mixer = build(n_heads=2, sinks=True).requires_grad_(False)
+    mixer.sinks.requires_grad_()
+    x = inputs((2, 12, WIDTH), torch.float64)
+    whole = torch.autograd.grad(mixer(x)[0].sum(), mixer.sinks)[0]
+    total, state = mixer(x[:, :3], return_state=True)
+    total = total.sum()
+    for t in range(3, 12):
+        y, state = mixer(x[:, t : t + 1], state, return_state=True)
+        total = total + y.sum()
+    torch.testing.assert_close(torch.autograd.grad(total, mixer.sinks)[0], whole, rtol=1e-9, atol=1e-11)
+
+
+def test_a_step_under_autocast_writes_into_the_cache():
+    mixer = build(n_heads=2).float()
+    x = inputs((2, 40, WIDTH), torch.float32)
+    places = set()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        whole, state = mixer(x[:, :8], return_state=True)[0], mixer(x[:, :8], return_state=True)[1]
+        assert state["k"].dtype == torch.float32
+        parts = [whole]
+        for t in range(8, 40):
+            y, state = mixer.step(x[:, t], state)
+            places.add(state["k"].data_ptr())
+            parts.append(y[:, None])
+        expected = mixer(x)[0]
+    # doubled at 9 and 17 tokens and 33
+    assert len(places) == 3
+    torch.testing.assert_close(torch.cat(parts, 1).float(), expected.float(), rtol=0.05, atol=0.05)

@@ -299,12 +299,12 @@ def test_numbers():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"gate": "gru"}, "gate must be one of fixed, lstm, got 'gru'"),
+        ({"gate": "gru"}, "there is no gate 'gru'; known are fixed, lstm"),
         ({"block_size": 0}, "block_size must be a positive integer, got 0"),
         ({"n_states": 2.5}, "n_states must be a positive integer, got 2.5"),
         ({"n_heads": 3}, "n_heads must divide the width 16, got 3"),
         ({"head_dim": 1}, "rotary positions need an even head_dim, got 1"),
-        ({"rotary_base": 0}, "rotary_base must be a finite number greater than 0, got 0"),
+        ({"rotary_base": 0}, "rotary_base must be a finite number greater than 1, got 0"),
     ],
 )
 def test_bad_options(options, words):

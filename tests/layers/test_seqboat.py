@@ -74,6 +74,17 @@ def test_nobody_is_active():
     assert torch.isfinite(torch.autograd.grad(y.sum(), x)[0]).all()
 
 
+def test_a_batch_of_no_sequences():
+    mixer = build()
+    for total in (0, 5):
+        x = inputs((0, total, 16), torch.float64).requires_grad_()
+        y, state = mixer(x, return_state=True)
+        y, state = mixer(y, state, return_state=True)
+        assert y.shape == (0, total, 16)
+        assert mixer.step(x.new_zeros(0, 16), state)[0].shape == (0, 16)
+        y.sum().backward()
+
+
 def test_only_active_tokens_are_projected():
     mixer = build()
     rows = []
@@ -82,6 +93,20 @@ def test_only_active_tokens_are_projected():
     active[0, 3] = active[1, :5] = True
     mixer.attend(inputs((2, 30, 16), torch.float64), active, None, None, False)
     assert rows == [6]
+
+
+@pytest.mark.parametrize("temperature", [0.1, 3.0])
+def test_the_weight_is_a_probability_at_the_temperature(temperature):
+    mixer = build(temperature=temperature)
+    x = inputs((2, 12, 16), torch.float64)
+    m, _ = mixer.average(x, None, None)
+    logits, skip = mixer.m_proj(m).split((2, 16), -1)
+    probabilities = (logits / mixer.log_temperature.exp()).softmax(-1)
+    active = probabilities.argmax(-1) == 1
+    assert active.any()
+    h = attend_densely(mixer, m, active)
+    expected = mixer.out_proj(F.silu(skip + probabilities[..., 1:] * h + x))
+    torch.testing.assert_close(mixer(x)[0], expected)
 
 
 def test_the_window_reaches_back_over_what_is_not_active():

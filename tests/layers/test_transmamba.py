@@ -89,6 +89,34 @@ def test_sequences_on_both_sides_of_their_points_go_on_together():
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("cuts", [(3, 9), (1, 2, 4, 5), (7, 5), (1,) * 12], ids=str)
+def test_gradients_go_back_through_the_first_keys_and_values(cuts):
+    mixer = build(7)
+    sources = [inputs((2, 12, 16), torch.float64).requires_grad_(), *mixer.parameters()]
+    expected, _ = mixer(sources[0])
+    weight = inputs((2, 12, 16), torch.float64, seed=1)
+    outputs, state = [], None
+    for piece in sources[0].split(cuts, 1):
+        y, state = mixer(piece, state, return_state=True)
+        outputs.append(y)
+    actual = torch.cat(outputs, 1)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad((weight * actual).sum(), sources), torch.autograd.grad((weight * expected).sum(), sources)
+    )
+
+
+def test_a_batch_of_no_sequences():
+    mixer = build(3)
+    for total in (0, 5):
+        x = inputs((0, total, 16), torch.float64).requires_grad_()
+        y, state = mixer(x, return_state=True)
+        y, state = mixer(y, state, return_state=True)
+        assert y.shape == (0, total, 16)
+        assert mixer.step(x.new_zeros(0, 16), state)[0].shape == (0, 16)
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("point", [-1, 2.5, True, "8"])
 def test_bad_transition_points(point):
     with pytest.raises(ValueError, match="transition_point must be an integer from 0 on"):

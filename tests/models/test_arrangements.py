@@ -494,6 +494,8 @@ def test_named_models_are_arranged_as_their_papers():
 def test_wrong_named_models():
     with pytest.raises(ValueError, match="no model 'jambo-small'; did you mean jamba-small"):
         seqzoo.create_model("jambo-small")
+    with pytest.raises(ValueError, match=r"no model \['mamba-small'\]; did you mean mamba-small"):
+        seqzoo.create_model(["mamba-small"])  # pyright: ignore - that is refused
     with pytest.raises(ValueError, match="ModelConfig has no 'n_layer'; did you mean n_layers"):
         seqzoo.create_model("mamba-small", n_layer=3)
     with pytest.raises(TypeError):

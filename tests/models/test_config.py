@@ -123,6 +123,8 @@ def test_a_newer_format_explains_unknown_keys():
 
 
 def test_wrong_json():
+    with pytest.raises(TypeError, match="ModelConfig is made of names and values, a JSON object, got NoneType"):
+        ModelConfig.from_dict(None)  # pyright: ignore - that is refused
     with pytest.raises(TypeError, match="JSON object, got list"):
         ModelConfig.from_json("[]")
     with pytest.raises(ValueError, match="Expecting"):

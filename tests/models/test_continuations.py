@@ -69,3 +69,21 @@ def test_bad_input(lengths, words, build, tokens):
     several = [[tokens(length) for length in row] for row in lengths[1]]
     with pytest.raises(ValueError, match=words):
         log_likelihoods(build(), prompts, several)
+
+
+@pytest.mark.parametrize("wrong", [23, -1])
+@pytest.mark.parametrize("place", [0, 1])
+def test_tokens_outside_the_vocabulary(wrong, place, build, tokens):
+    # the last token of a continuation is predicted alone, and so is the only one of another
+    for length in (2, 1):
+        row = tokens(length)
+        row[min(place, length - 1)] = wrong
+        with pytest.raises(ValueError, match="ids must lie between 0 and 22, got"):
+            log_likelihoods(build(), [tokens(3)], [[row]])
+
+
+def test_tokens_that_are_no_integers(build, tokens):
+    with pytest.raises(TypeError, match=r"continuation 1 must be int64 or int32, got torch.float32"):
+        log_likelihoods(build(), [tokens(3)], [[tokens(2), torch.tensor([1.7])]])
+    with pytest.raises(TypeError, match=r"prompt 0 must be a Tensor, got list"):
+        log_likelihoods(build(), [[1, 2]], [[tokens(2)]])  # pyright: ignore - that is refused

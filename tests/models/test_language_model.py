@@ -250,3 +250,10 @@ def test_wrong_tokens(build: Build, tokens: Tokens):
         model.loss(ids, ids.float())
     with pytest.raises(ValueError, match="labels must lie between 0 and 22, or be -100, got 23"):
         model.loss(ids, torch.full_like(ids, 23))
+
+
+def test_no_sequences_at_all(build: Build, tokens: Tokens):
+    model = build(["min_gru", "attention"], max_positions=9)
+    _, state = model(tokens(0, 4), return_state=True)
+    logits, _ = model(tokens(0, 5), state)
+    assert logits.shape == (0, 5, model.config.vocab_size)

@@ -45,6 +45,10 @@ def assert_same_gradients(model: LanguageModel, other: LanguageModel) -> None:
             torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-11, msg=name)
 
 
+def boundaries_of(cu_seqlens: torch.Tensor | Packing) -> torch.Tensor:
+    return cu_seqlens.cu_seqlens if isinstance(cu_seqlens, Packing) else cu_seqlens
+
+
 def given_state(model: LanguageModel, tokens: Tokens, rows: int) -> list[dict[str, torch.Tensor]]:
     """A state in use, whose caches have room that a step without gradients would write to."""
     with torch.no_grad():
@@ -66,7 +70,7 @@ def compare(build: Build, tokens: Tokens, options: dict[str, Any], chunk_size: i
     ids = tokens(*((1, 14) if packed else (2, 14)))
     labels = tokens(*ids.shape, seed=1)
     labels[0, [0, 5, 6, 7]] = -100
-    rows = len(packed["cu_seqlens"]) - 1 if packed else 2
+    rows = len(boundaries_of(packed["cu_seqlens"])) - 1 if packed else 2
     state = given_state(plain, tokens, rows)
     states = [fork(state, 1) for _ in range(2)]
     sources = [require_gradients(one) for one in states]
@@ -106,6 +110,19 @@ def test_gradients_of_packed_sequences_in_chunks(
 ):
     packing = Packing.from_lengths(lengths)
     compare(build, tokens, {**hybrid, "auxiliary_weight": 0.0}, chunk_size, cu_seqlens=packing.cu_seqlens)
+
+
+def test_prefixes_in_chunks(build: Build, tokens: Tokens):
+    options = {"pattern": ["prefix_linear_attention", "attention"]}
+    # the second begins in the chunk in which the first ends; the chunk after that has neither's prefix
+    packing = Packing.from_lengths([6, 8], prefix_lengths=[3, 2])
+    compare(build, tokens, options, 4, cu_seqlens=packing)
+    ids = tokens(1, 14)
+    causal = build(**options).loss(ids, ids, cu_seqlens=packing.cu_seqlens)
+    assert abs(backward_in_chunks(build(**options), ids, ids, 4, cu_seqlens=packing) - causal) > 1e-4
+    for size, words in ((2, "sequence 0, tokens 0 to 3 of all, is cut .* ends at 2"), (7, "sequence 1, .* ends at 7")):
+        with pytest.raises(ValueError, match=words):
+            backward_in_chunks(build(**options), ids, ids, size, cu_seqlens=packing)
 
 
 def test_gradients_of_padded_batches_in_chunks(build: Build, tokens: Tokens):

@@ -118,8 +118,9 @@ def test_cross_entropy_of_half_precision():
 
 def test_cross_entropy_refuses(case: tuple[torch.Tensor, ...]):
     x, weight, labels = case
-    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
-        linear_cross_entropy(x, weight, labels, 0)
+    for size in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"chunk_size must be a positive integer, got {size}"):
+            linear_cross_entropy(x, weight, labels, size)  # pyright: ignore - that is refused
     for wrong in (13, -1):
         with pytest.raises(ValueError, match=f"between 0 and 12, or be -100, got {wrong}"):
             linear_cross_entropy(x, weight, labels.clamp(min=0).index_fill(0, torch.tensor([4]), wrong))

@@ -196,8 +196,16 @@ def test_wrong_arguments(around: Callable[..., RecurrentMemory], build: Build, t
         RecurrentMemory.around(build())
     with pytest.raises(ValueError, match=r"state\['memory'\] must have shape \(2, 3, 16\), got \(1, 3, 16\)"):
         model(ids, model.init_state(1))
-    with pytest.raises(ValueError, match="the state must be"):
+    with pytest.raises(ValueError, match=r"the state must be {'memory': Tensor}, got list"):
         model(ids, model.model.init_state(2))
+    with pytest.raises(ValueError, match=r"the state must be {'memory': Tensor}, got \['h'\]"):
+        model(ids, model.model.init_state(2)[0])
+    with pytest.raises(TypeError, match=r"state\['memory'\] must be a Tensor, got list"):
+        model(ids, {"memory": [0.0]})
+    with pytest.raises(ValueError, match=r"state\['memory'\] is on meta, the model on cpu; move one of them"):
+        model(ids, {"memory": model.init_state(2)["memory"].to("meta")})
+    with pytest.raises(TypeError, match="a memory goes around a LanguageModel, got RecurrentMemory"):
+        RecurrentMemory.around(model, segment_length=4)  # pyright: ignore - that is refused
     with pytest.raises(TypeError, match=r"must be torch.float64, got torch.float32"):
         model(ids, model.init_state(2, dtype=torch.float32))
     with pytest.raises(ValueError, match=r"labels must have the shape of ids, \(2, 5\), got \(2, 4\)"):
