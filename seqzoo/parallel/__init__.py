@@ -5,4 +5,9 @@ from seqzoo.parallel.exchange import keep_exchanges as keep_exchanges
 from seqzoo.parallel.loss import next_tokens as next_tokens
 from seqzoo.parallel.parallelize import parallelize as parallelize
 from seqzoo.parallel.parallelize import sum_gradients as sum_gradients
+from seqzoo.parallel.pipeline import PipelineLoss as PipelineLoss
+from seqzoo.parallel.pipeline import split_stages as split_stages
+from seqzoo.parallel.pipeline import sum_tied_gradients as sum_tied_gradients
 from seqzoo.parallel.plan import Plan as Plan
+from seqzoo.parallel.recipe import shard_model as shard_model
+from seqzoo.parallel.recipe import training_mesh as training_mesh
