@@ -27,6 +27,8 @@ of the run
   --runs FOLDER              where run folders are made (runs)
   --checkpoint_minutes M     time between two checkpoints (1)
   --checkpoint_steps N       steps between two, additionally
+  --sequence_parallel N      of the processes that torchrun has started, N share each sequence, and the model's
+                             parameters lie on all of them; each such group has batches of its own
 
 often wanted
   --model.config.d_model N   --model.config.n_layers N   --model.config.pattern NAME   --model.lr X
@@ -39,6 +41,7 @@ examples
   seqzoo train
   seqzoo train --config model/min_lstm --minutes 60
   seqzoo train --data.folder ~/notes --data.files '["*.md"]' --model.config.d_model 128
+  torchrun --nproc-per-node 4 -m seqzoo.cli train --sequence_parallel 4 --data.context 16384 --data.batch_size 1
   seqzoo train --resume runs/stdlib-min_gru-20250101-120000"""
 
 
@@ -83,6 +86,8 @@ class Request:
                     request.resume = value
                 else:
                     request.configurations.append(value)
+            elif name.startswith("--"):
+                request.overrides.append(f"--{name[2:].replace('-', '_')}{equals}{value}")
             else:
                 request.overrides.append(word)
         request._check()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 
 from seqzoo.train.arguments import Request, short_help
@@ -16,7 +18,9 @@ from seqzoo.train.checkpoints import CheckpointError, read_checkpoint
 from seqzoo.train.configuration import ConfigurationError, combine
 from seqzoo.train.finite import NonFiniteLoss
 from seqzoo.train.options import TrainingCLI, section_help
+from seqzoo.train.processes import Processes
 from seqzoo.train.run_folder import RunFolder, RunFolderError, reason
+from seqzoo.train.sharded_checkpoints import is_sharded, read_rest
 from seqzoo.train.training import Training, check_data
 
 USAGE_ERROR = 2
@@ -24,8 +28,12 @@ FAILED = 1
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs ``seqzoo train`` and returns its exit status."""
-    console = Console()
+    """Runs ``seqzoo train`` and returns its exit status.
+
+    Of several processes the first one speaks; the others do when they fail in what they do apart.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    console = Console(quiet=not first)
     try:
         request = Request.parse(arguments)
         if request.topic is not None:
@@ -40,18 +48,28 @@ def main(arguments: Sequence[str]) -> int:
         status, message = FAILED, reason(error)
     except KeyboardInterrupt:
         status, message = 130, "stopped"
-    Console(stderr=True).print(f"seqzoo train: {message}", markup=False, highlight=False, soft_wrap=True)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    Console(stderr=True, quiet=not first).print(
+        f"seqzoo train: {message}", markup=False, highlight=False, soft_wrap=True
+    )
     return status
 
 
 def start(request: Request, console: Console) -> int:
     """Trains a new model."""
     cli = TrainingCLI(combine(request.configurations), request.overrides)
-    check_data(cli)
-    run = RunFolder.create(Path(cli.config.runs), cli.config.name)
-    with run.lock():
+    processes = Processes.started(cli.config.sequence_parallel)
+    check_data(cli, processes)
+    if processes is None:
+        run = RunFolder.create(Path(cli.config.runs), cli.config.name)
+    else:
+        processes.connect(cli.config.trainer.accelerator)
+        run = processes.first(lambda: RunFolder.create(Path(cli.config.runs), cli.config.name, sharded=True))
+    with held(run, processes):
         try:
-            training = Training(cli, run, console)
+            training = Training(cli, run, console, processes=processes)
         except (ConfigurationError, RunFolderError):
             run.discard()
             raise
@@ -60,9 +78,14 @@ def start(request: Request, console: Console) -> int:
 
 def resume(path: Path, console: Console) -> int:
     """Goes on with a run, from its last checkpoint or the one that is named."""
-    run = RunFolder.open(path if path.is_dir() or not path.is_file() else path.resolve().parents[1])
-    with run.lock():
-        run.sweep()
+    named = path.is_file() or is_sharded(path)
+    folder = path.resolve().parents[1] if named else path
+    cli = TrainingCLI(combine([str(RunFolder.open(folder).configuration)]), [])
+    processes = Processes.started(cli.config.sequence_parallel)
+    run = RunFolder.open(folder, sharded=processes is not None)
+    if processes is not None:
+        processes.connect(cli.config.trainer.accelerator)
+    with held(run, processes):
         finished = run.read_json(run.report)
         if finished is not None:
             console.print(
@@ -72,25 +95,42 @@ def resume(path: Path, console: Console) -> int:
                 soft_wrap=True,
             )
             return 0
-        cli = TrainingCLI(combine([str(run.configuration)]), [])
-        check_data(cli)
-        _check_same_data(run, cli.datamodule.description())
-        checkpoint = _readable(run, path if path.is_file() else run.last)
+        check_data(cli, processes)
+
+        def choose() -> Path | None:
+            run.sweep()
+            _check_same_data(run, cli.datamodule.description())
+            return _readable(run, path if named else run.last)
+
+        checkpoint = choose() if processes is None else processes.first(choose)
         if checkpoint is None:
             console.print(f"{run.path} has no checkpoint yet: beginning at step 0", highlight=False, soft_wrap=True)
-        return Training(cli, run, console, checkpoint).run_all()
+        return Training(cli, run, console, checkpoint, processes).run_all()
+
+
+@contextmanager
+def held(run: RunFolder, processes: Processes | None) -> Iterator[None]:
+    """Holds the folder of a run, for all processes by the first."""
+    if processes is None:
+        with run.lock():
+            yield
+        return
+    with ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(run.lock()))
+        yield
 
 
 def _readable(run: RunFolder, path: Path) -> Path | None:
     """The checkpoint, if it can be read; None where the run has not come to its first."""
-    if not path.is_file():
+    if not path.exists():
         return None
+    read = read_rest if run.sharded else read_checkpoint
     try:
-        read_checkpoint(path)
+        read(path)
     except CheckpointError as error:
         other = run.best if path.resolve() == run.last.resolve() else run.last
         try:
-            step = read_checkpoint(other)["global_step"]
+            step = read(other)["global_step"]
         except CheckpointError:
             raise CheckpointError(f"{error}; {run.path} has no other checkpoint that could be used") from error
         raise CheckpointError(f"{error}; {other} of step {step} is complete: seqzoo train --resume {other}") from error
@@ -118,6 +158,8 @@ def _quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             # Lightning's own use of torch, of which the user can change nothing
             warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+            # it is summed over all processes before
+            warnings.filterwarnings("ignore", message=r".*self\.log\('validation_bpb', \.\.\., sync_dist=True\)")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

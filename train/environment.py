@@ -17,10 +17,12 @@ from seqzoo.version import __version__
 
 PACKAGES = ("torch", "lightning", "jsonargparse", "numpy", "numba", "triton", "safetensors")
 # what bit-identical repetition depends on
-DECISIVE = ("seqzoo", "torch", "threads", "processor", "device", "backend")
+DECISIVE = ("seqzoo", "torch", "threads", "processor", "device", "backend", "processes")
 
 
-def describe(*, arguments: Sequence[str], device: str, data: Mapping[str, Any], keeps_memory: bool) -> dict[str, Any]:
+def describe(
+    *, arguments: Sequence[str], device: str, data: Mapping[str, Any], keeps_memory: bool, processes: int = 1
+) -> dict[str, Any]:
     """Versions, machine, threads, data and the state of the source, as plain data.
 
     Args:
@@ -28,6 +30,7 @@ def describe(*, arguments: Sequence[str], device: str, data: Mapping[str, Any], 
         device: On which the run trains.
         data: The data module's own description.
         keeps_memory: Whether the allocator was told to keep freed memory.
+        processes: How many train together.
     """
     return {
         "arguments": list(arguments),
@@ -40,6 +43,7 @@ def describe(*, arguments: Sequence[str], device: str, data: Mapping[str, Any], 
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,
+        "processes": processes,
         "backend": os.environ.get("SEQZOO_BACKEND", ""),
         "allocator": "keeps freed memory" if keeps_memory else "default",
         "data": dict(data),
@@ -48,7 +52,9 @@ def describe(*, arguments: Sequence[str], device: str, data: Mapping[str, Any], 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What may change the bits of a resumed run, in words."""
-    return [f"{name}: {before[name]} then, {now[name]} now" for name in DECISIVE if before.get(name) != now[name]]
+    return [
+        f"{name}: {before[name]} then, {now[name]} now" for name in DECISIVE if before.get(name, now[name]) != now[name]
+    ]
 
 
 def processor() -> str:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -19,10 +20,16 @@ class Aborted(BaseException):
 
 
 class Interruption:
-    """Remembers that a signal came."""
+    """Remembers that a signal came.
 
-    def __init__(self) -> None:
+    Args:
+        echo: Seconds in which another signal counts as the same: a launcher passes on what the terminal has sent to
+            its processes already.
+    """
+
+    def __init__(self, echo: float = 0.0) -> None:
         self.signum: int | None = None
+        self._echo, self._came = echo, 0.0
 
     @property
     def requested(self) -> bool:
@@ -37,8 +44,10 @@ class Interruption:
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler."""
         if self.requested:
+            if time.monotonic() - self._came < self._echo:
+                return
             raise Aborted
-        self.signum = signum
+        self.signum, self._came = signum, time.monotonic()
         # past the buffered streams, which a handler may have interrupted in the middle of a write
         os.write(2, b"\nstopping after this step and saving; once more to stop at once\n")
 

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from seqzoo.hub.files import WriteError, atomic_file
 
-COLUMNS = ("step", "train_loss", "train_bpb", "validation_bpb", "lr", "bytes_per_second", "seconds")
+COLUMNS = ("step", "train_loss", "train_bpb", "validation_bpb", "lr", "bytes_per_second", "seconds", "packing")
 
 
 class MetricsTable(Logger):

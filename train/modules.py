@@ -5,26 +5,33 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import lightning.pytorch as lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqzoo.mixer import State
+from seqzoo.mixer import State, join
 from seqzoo.models import LanguageModel, ModelConfig
+from seqzoo.parallel import shard_model
 from seqzoo.parameters import parameter_groups
-from seqzoo.train.data.windows import IGNORED
+from seqzoo.train.data.documents import PackedBatch
+from seqzoo.train.data.windows import IGNORED, replica
 from seqzoo.train.finite import check_finite
 from seqzoo.train.schedule import warmup_cosine
+from seqzoo.train.strategy import own_tokens, total
 
 
 class LanguageModeling(lightning.LightningModule):
     """Next-token prediction with AdamW, a linear warm-up and a cosine to zero.
 
-    A training batch is integers (B, T + 1). A validation batch is inputs and labels, both (B, T), the next part of the
-    same B streams as the batch before it.
+    A training batch is integers (B, T + 1), or a :class:`seqzoo.train.data.PackedBatch`, whose documents may go on from
+    batch to batch: the state is handed on, without gradients. A validation batch is inputs and labels, both (B, T), the
+    next part of the same B streams as the batch before it.
+
+    Under a :class:`seqzoo.train.strategy.SequenceParallelStrategy` the processes of a group have the same batches, of
+    which each runs its share of the tokens; groups divide the streams of validation among them.
 
     Args:
         config: The model.
@@ -73,9 +80,18 @@ class LanguageModeling(lightning.LightningModule):
         self.sample_length = sample_length
         self.sample_temperature = sample_temperature
         self.seed = seed
+        self._divided = False
+        # of documents that go on with the next batch
+        self._carried: dict[int, list[State]] = {}
         self._state: list[State] | None = None
         self._nats = 0.0
         self._count = 0
+
+    def configure_model(self) -> None:
+        """Divides the model among the processes of a mesh, where the strategy has made one."""
+        if self.device_mesh is not None and not self._divided:
+            shard_model(self.model, self.device_mesh)
+            self._divided = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the groups that the model's modules ask for."""
@@ -84,7 +100,7 @@ class LanguageModeling(lightning.LightningModule):
             group["peak_lr"] = group["lr"]
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Sets the learning rate and the random state, both from the step alone."""
         step = self.trainer.global_step
         factor = warmup_cosine(step, self.warmup_steps, self.trainer.max_steps)
@@ -95,16 +111,68 @@ class LanguageModeling(lightning.LightningModule):
             step_seed(self.seed, self.global_rank, step, batch_idx % self.trainer.accumulate_grad_batches)
         )
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The mean loss of a batch.
+    def training_step(self, batch: Tensor | PackedBatch, batch_idx: int) -> dict[str, Tensor]:
+        """The mean loss of a batch: ``loss``, of several processes this one's share, and ``total``, that of all.
 
         Raises:
             NonFiniteLoss: If it is NaN or infinite; names the layer that first made it so.
         """
-        ids, labels = batch[:, :-1].long(), batch[:, 1:].long()
-        loss = cast("Tensor", self.model.loss(ids, labels))
-        check_finite(loss, self.model, ids, step=self.trainer.global_step)
+        packed = isinstance(batch, PackedBatch)
+        ids, labels = (batch.ids, batch.labels) if packed else (batch[:, :-1].long(), batch[:, 1:].long())
+        bounds: Any = batch.cu_seqlens if packed else None
+        if self.device_mesh is not None:
+            ids, labels, bounds = own_tokens(self.device_mesh, ids, labels, bounds)
+        if packed:
+            loss = self._packed_loss(batch, ids, labels, bounds)
+        else:
+            loss = cast("Tensor", self.model.loss(ids, labels, cu_seqlens=bounds))
+        whole = loss if self.device_mesh is None else total(loss, self.device_mesh)
+        # of the sum, so that all processes find the same
+        check_finite(whole, self.model, ids, step=self.trainer.global_step)
+        return {"loss": loss, "total": whole.detach()}
+
+    def _packed_loss(self, batch: PackedBatch, ids: Tensor, labels: Tensor, bounds: Any) -> Tensor:
+        """The loss of packed documents; keeps the states of those that the next batch goes on with."""
+        state = None
+        if any(batch.continues):
+            fresh = self.model.init_state(1, device=ids.device)
+            rows = [
+                self._carried.pop(document) if goes_on else fresh
+                for document, goes_on in zip(batch.documents, batch.continues, strict=True)
+            ]
+            state = [join(layers) for layers in zip(*rows, strict=True)]
+        if not any(batch.goes_on):
+            return cast("Tensor", self.model.loss(ids, labels, state, cu_seqlens=bounds))
+        loss, after = cast(
+            "tuple[Tensor, list[State]]",
+            self.model.loss(ids, labels, state, cu_seqlens=bounds, return_state=True),
+        )
+        for row, (document, goes_on) in enumerate(zip(batch.documents, batch.goes_on, strict=True)):
+            if goes_on:
+                self._carried[document] = [
+                    {key: value[row : row + 1].detach().clone() for key, value in layer.items()} for layer in after
+                ]
         return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the states of documents that go on, those of every group of processes."""
+        carried: list[Any] = [self._carried]
+        if self.device_mesh is not None:
+            group = self.device_mesh["data_parallel"]
+            carried = [None] * group.size()
+            torch.distributed.all_gather_object(carried, self._carried, group=group.get_group())
+        if any(carried):
+            checkpoint["carried"] = carried
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up the states of documents that go on."""
+        rank, groups = replica(self.trainer)
+        carried = checkpoint.get("carried", [{}])
+        # another number of groups reads other documents
+        self._carried = {
+            document: [{key: value.to(self.device) for key, value in layer.items()} for layer in layers]
+            for document, layers in (carried[rank] if len(carried) == groups else {}).items()
+        }
 
     def on_validation_epoch_start(self) -> None:
         """Forgets what the validation before has left."""
@@ -112,6 +180,11 @@ class LanguageModeling(lightning.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Adds the next window of every stream."""
+        if self.device_mesh is not None:
+            ids, labels = batch
+            group = self.device_mesh["data_parallel"]
+            rows = torch.arange(ids.shape[0], device=ids.device).tensor_split(group.size())[group.get_local_rank()]
+            batch = ids[rows], labels[rows]
         nats, count, self._state = self.score(batch, self._state)
         self._nats += nats
         self._count += count
@@ -119,14 +192,20 @@ class LanguageModeling(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Makes ``validation_bpb`` known to callbacks."""
         sums = torch.tensor([self._nats, float(self._count)], dtype=torch.float64, device=self.device)
-        nats, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        nats, count = (sums if self.device_mesh is None else total(sums, self.device_mesh)).tolist()
         self._state = None
         self.log("validation_bpb", nats / max(count, 1.0) / math.log(2.0), logger=False)
 
     def score(self, batch: tuple[Tensor, Tensor], state: list[State] | None) -> tuple[float, int, list[State] | None]:
-        """The summed loss in nats of a window, how many tokens it has, and the state that the next one takes."""
+        """The summed loss in nats of a window, how many tokens it has, and the state that the next one takes.
+
+        Of several processes both are this one's share, and the state is the same on all of a group.
+        """
         ids, labels = batch
-        logits, after = self.model(ids, state, return_state=self.carry_state)
+        plan = None
+        if self.device_mesh is not None:
+            ids, labels, plan = own_tokens(self.device_mesh, ids, labels)
+        logits, after = self.model(ids, state, cu_seqlens=plan, return_state=self.carry_state)
         nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return float(nats), int((labels != IGNORED).sum()), after
 

@@ -15,6 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from seqzoo.mixer import nearest
 from seqzoo.train.configuration import ConfigurationError, flatten, merge, to_yaml
+from seqzoo.train.processes import Processes
+from seqzoo.train.strategy import SequenceParallelStrategy
 
 # the sections that are built from a class, and what the class must be
 SECTIONS = {"model": lightning.LightningModule, "data": lightning.LightningDataModule}
@@ -97,6 +99,10 @@ class TrainingCLI(LightningCLI):
         self.model = self.config_init["model"]
         self.datamodule = self.config_init["data"]
 
+    def another_module(self) -> lightning.LightningModule:
+        """A second module of the same configuration, with weights of its own."""
+        return self.parser.instantiate(self.config)["model"]
+
     def build_trainer(
         self,
         *,
@@ -104,11 +110,25 @@ class TrainingCLI(LightningCLI):
         callbacks: Sequence[lightning.Callback],
         plugins: Sequence[Any],
         folder: str,
+        processes: Processes | None = None,
     ) -> lightning.Trainer:
-        """Builds the trainer, with what the configuration names behind what the command needs."""
+        """Builds the trainer, with what the configuration names behind what the command needs.
+
+        Raises:
+            ConfigurationError: If it cannot be built, or names a strategy of its own beside several processes.
+        """
         own = self.config_init["trainer"]
+        several: dict[str, Any] = {}
+        if processes is not None:
+            if own.strategy != "auto":
+                raise ConfigurationError(
+                    f"sequence_parallel brings its own strategy; leave trainer.strategy out, got {own.strategy!r}"
+                )
+            several["strategy"] = SequenceParallelStrategy(processes.sequence_parallel)
+            several["devices"], several["num_nodes"] = processes.local_size, processes.machines
         with _one_message():
             return self.instantiate_trainer(
+                **several,
                 logger=[*loggers, *_several(own.logger)],
                 callbacks=[*callbacks, *_several(own.callbacks)],
                 plugins=[*plugins, *_several(own.plugins)],
@@ -134,6 +154,9 @@ def add_run_options(parser: ArgumentParser) -> None:
     parser.add_argument("--runs", type=str, default="runs", help="folder in which the run's folder is made")
     parser.add_argument("--checkpoint_minutes", type=float, default=1.0, help="time between two checkpoints")
     parser.add_argument("--checkpoint_steps", type=int | None, default=None, help="steps between two, additionally")
+    parser.add_argument(
+        "--sequence_parallel", type=int | None, default=None, help="processes of torchrun that share a sequence"
+    )
 
 
 def class_path(of: type) -> str:

@@ -21,6 +21,7 @@ from seqzoo.train.data import FolderBytes
 from seqzoo.train.metrics_table import read_metrics
 from seqzoo.train.modules import LanguageModeling
 from seqzoo.train.run_folder import RunFolder
+from seqzoo.train.sharded_checkpoints import read_shards
 
 Facts = dict[str, Any]
 
@@ -121,10 +122,11 @@ def _choose_weights(run: RunFolder, module: LanguageModeling, data: FolderBytes,
     """Puts the better of the last and the best weights into the module; returns their step and score."""
     windows = data.val_dataloader()
     step, score = facts["steps"], module.bits_per_token(windows)
-    if facts["best_step"] == facts["validated_step"] or not run.best.is_file():
+    if facts["best_step"] == facts["validated_step"] or not run.best.exists():
         return step, score
     last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    module.load_state_dict(read_checkpoint(run.best)["state_dict"])
+    read = read_shards if run.sharded else read_checkpoint
+    module.load_state_dict(read(run.best)["state_dict"])
     best = module.bits_per_token(windows)
     if best < score:
         return facts["best_step"], best

@@ -28,23 +28,26 @@ class RunFolder:
 
     Args:
         path: The folder.
+        sharded: Whether several processes train in it, so that its checkpoints are folders.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sharded: bool = False) -> None:
         self.path = path
+        self.sharded = sharded
         self.configuration = path / "config.yaml"
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.csv"
         self.curves = path / "curves.png"
         self.checkpoints = path / "checkpoints"
-        self.last = self.checkpoints / "last.safetensors"
-        self.best = self.checkpoints / "best.safetensors"
+        suffix = "" if sharded else ".safetensors"
+        self.last = self.checkpoints / f"last{suffix}"
+        self.best = self.checkpoints / f"best{suffix}"
         self.model = path / "model"
         self.report = path / "report.json"
         self.sample = path / "sample.txt"
 
     @classmethod
-    def create(cls, parent: Path, name: str) -> RunFolder:
+    def create(cls, parent: Path, name: str, sharded: bool = False) -> RunFolder:
         """Makes a new folder ``<name>-<date-time>`` that no other process has.
 
         Raises:
@@ -57,7 +60,7 @@ class RunFolder:
                 path = parent / (stem if number == 1 else f"{stem}-{number}")
                 with contextlib.suppress(FileExistsError):
                     path.mkdir()
-                    run = cls(path)
+                    run = cls(path, sharded)
                     run.checkpoints.mkdir()
                     return run
         except OSError as error:
@@ -65,7 +68,7 @@ class RunFolder:
         raise RunFolderError(f"{parent} already has 999 runs named {stem}")
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: Path, sharded: bool = False) -> RunFolder:
         """The folder of an earlier run.
 
         Raises:
@@ -73,7 +76,7 @@ class RunFolder:
         """
         if not path.is_dir():
             raise RunFolderError(f"there is no run folder {path}")
-        run = cls(path)
+        run = cls(path, sharded)
         if not run.configuration.is_file():
             raise RunFolderError(f"{path} is not the folder of a run: it has no {run.configuration.name}")
         run.checkpoints.mkdir(exist_ok=True)
@@ -143,4 +146,5 @@ class RunFolder:
 
     def resume_command(self) -> str:
         """What to type to go on."""
-        return f"seqzoo train --resume {os.fspath(self.path)}"
+        words = "torchrun ... -m seqzoo.cli" if self.sharded else "seqzoo"
+        return f"{words} train --resume {os.fspath(self.path)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.accelerators.cpu import CPUAccelerator
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -20,11 +20,16 @@ from seqzoo.train.checkpoints import SafetensorsIO, read_checkpoint
 from seqzoo.train.configuration import ConfigurationError
 from seqzoo.train.interruption import Aborted, Interrupted, Interruption
 from seqzoo.train.metrics_table import MetricsTable
+from seqzoo.train.modules import LanguageModeling
 from seqzoo.train.options import TrainingCLI
+from seqzoo.train.processes import Processes
 from seqzoo.train.run_folder import RunFolder
+from seqzoo.train.sharded_checkpoints import load_into, read_rest, whole_tensors
 
 # weights and two averages in each of last, best and the one being written; weights in the model and its predecessor
 COPIES = 11
+# seconds in which torchrun passes on a signal that the terminal has sent to all processes
+ECHO = 5.0
 
 
 class Training:
@@ -35,13 +40,21 @@ class Training:
         run: The folder.
         console: For everything that is shown.
         checkpoint: From which to go on; None begins at step 0.
+        processes: Where several train together, of which the first writes what is not a checkpoint.
 
     Raises:
         ConfigurationError: If the trainer cannot be built.
         RunFolderError: If the disk is too full for checkpoints.
     """
 
-    def __init__(self, cli: TrainingCLI, run: RunFolder, console: Console, checkpoint: Path | None = None) -> None:
+    def __init__(
+        self,
+        cli: TrainingCLI,
+        run: RunFolder,
+        console: Console,
+        checkpoint: Path | None = None,
+        processes: Processes | None = None,
+    ) -> None:
         if checkpoint is None:
             weights = sum(parameter.numel() * parameter.element_size() for parameter in cli.model.parameters())
             run.check_space(COPIES * weights)
@@ -49,13 +62,16 @@ class Training:
         self.run = run
         self.console = console
         self.checkpoint = checkpoint
-        self.state: dict[str, Any] = {} if checkpoint is None else read_checkpoint(checkpoint)
+        self.processes = processes
+        self.first = processes is None or processes.rank == 0
+        read = read_checkpoint if processes is None else read_rest
+        self.state: dict[str, Any] = {} if checkpoint is None else read(checkpoint)
         self.step = self.state.get("global_step", 0)
-        self.interruption = Interruption()
+        self.interruption = Interruption(0.0 if processes is None else ECHO)
         config = cli.config
         self.meter = Metering()
         self.saver = Checkpointing(run, config.checkpoint_minutes, config.checkpoint_steps, self.interruption)
-        callbacks = [self.meter, self.saver, ProgressDisplay(console, self.meter)]
+        callbacks = [self.meter, self.saver, *([ProgressDisplay(console, self.meter)] if self.first else [])]
         if config.trainer.max_steps == -1:
             # before the saver: a checkpoint belongs to a number of steps that is written down
             callbacks.insert(1, StepsFromMinutes(config.minutes, cli.model.warmup_steps, self._decided))
@@ -63,15 +79,19 @@ class Training:
             loggers=[
                 MetricsTable(run.metrics, keep=self.step),
                 TensorBoardLogger(run.path, name="tensorboard", version="", purge_step=self.step + 1),
-            ],
+            ]
+            if self.first
+            else [],
             callbacks=callbacks,
-            plugins=[SafetensorsIO()],
+            # the strategy of several processes writes its own
+            plugins=[SafetensorsIO()] if processes is None else [],
             folder=str(run.path),
+            processes=processes,
         )
-        if self.trainer.world_size != 1:
+        if processes is None and self.trainer.world_size != 1:
             raise ConfigurationError(
-                f"the training command runs one process, trainer.devices and trainer.num_nodes ask for "
-                f"{self.trainer.world_size}"
+                f"without sequence_parallel the training command runs one process, trainer.devices and "
+                f"trainer.num_nodes ask for {self.trainer.world_size}"
             )
 
     def run_all(self, arguments: Sequence[str] = ()) -> int:
@@ -89,7 +109,9 @@ class Training:
                 self._restore()
             self._report()
         except (Interrupted, SIGTERMException):
-            report.save_interrupted(self.run, self.cli.model)
+            module = self._whole()
+            if self.first:
+                report.save_interrupted(self.run, module)
             self._part(f"stopped after step {self.saver.saved_step}; the model so far is in {self.run.model}")
             return self.interruption.exit_status
         except Aborted:
@@ -102,7 +124,8 @@ class Training:
 
     def _decided(self, steps: int) -> None:
         self.cli.config.trainer.max_steps = steps
-        self.run.write_text(self.run.configuration, self.cli.text())
+        if self.first:
+            self.run.write_text(self.run.configuration, self.cli.text())
         speed = quantity(self.meter.recent_bytes_per_second)
         self._say(f"{speed}B/s: {steps} steps fit into {self.cli.config.minutes:g} minutes")
 
@@ -113,7 +136,10 @@ class Training:
             device=str(self.trainer.strategy.root_device),
             data=self.cli.datamodule.description(),
             keeps_memory=keeps_memory,
+            processes=self.trainer.world_size,
         )
+        if not self.first:
+            return
         before = self.run.read_json(self.run.environment)
         if before is None:
             self.run.write_text(self.run.configuration, self.cli.text())
@@ -136,6 +162,9 @@ class Training:
             f"model  {config.n_layers} layers of {pattern}, width {config.d_model}, {parameters / 1e6:.2f} M "
             f"parameters on {self.trainer.strategy.root_device}"
         )
+        if self.processes is not None:
+            size, shared = self.processes.size, self.processes.sequence_parallel
+            self._say(f"       divided among {size} processes, each sequence among {shared}")
 
     def _trained(self) -> bool:
         return 0 < self.trainer.max_steps <= self.step
@@ -146,16 +175,34 @@ class Training:
         with self.interruption.listen():
             self.trainer.fit(self.cli.model, datamodule=self.cli.datamodule, ckpt_path=checkpoint)
         self.step = self.trainer.global_step
-        # the trainer hands the module back on the CPU
-        self.cli.model.to(self.trainer.strategy.root_device)
+        if self.processes is None:
+            # the trainer hands the module back on the CPU
+            self.cli.model.to(self.trainer.strategy.root_device)
 
     def _restore(self) -> None:
         """What training would leave behind, of a run that was stopped between its last step and its report."""
-        self.cli.model.load_state_dict(self.state["state_dict"])
+        if self.processes is None:
+            self.cli.model.load_state_dict(self.state["state_dict"])
+        elif self.checkpoint is not None:
+            load_into(self.checkpoint, self.cli.model, [])
         for callback in (self.meter, self.saver):
             callback.load_state_dict(self.state["callbacks"][callback.state_key])
 
+    def _whole(self) -> LanguageModeling:
+        """The module, of several processes put together again in the first; all of them call this."""
+        if self.processes is None:
+            return self.cli.model
+        weights = whole_tensors(self.cli.model.state_dict(), self.first)
+        if not self.first:
+            return self.cli.model
+        module = cast("LanguageModeling", self.cli.another_module())
+        module.load_state_dict(weights)
+        return module
+
     def _report(self) -> None:
+        module = self._whole()
+        if not self.first:
+            return
         facts = {
             "steps": self.step,
             "seconds": round(self.meter.seconds, 3),
@@ -164,7 +211,7 @@ class Training:
             "best_step": self.saver.best_step,
             "validated_step": self.saver.validated_step,
         }
-        report.finish(self.run, self.cli.model, self.cli.datamodule, facts, self.console)
+        report.finish(self.run, module, self.cli.datamodule, facts, self.console)
         self._say(f"run    {self.run.path}")
         self._say(f"       seqzoo generate --checkpoint {self.run.path} continues a prompt")
 
@@ -175,12 +222,12 @@ class Training:
         """What is said when training ends before its last step."""
         self._say(words)
         self._say(f"run    {self.run.path}")
-        if self.run.last.is_file():
+        if self.run.last.exists():
             self._say(f"       last checkpoint: step {self.saver.saved_step}; go on: {self.run.resume_command()}")
 
 
-def check_data(cli: TrainingCLI) -> None:
-    """Reads the data, and checks that the model fits it.
+def check_data(cli: TrainingCLI, processes: Processes | None = None) -> None:
+    """Reads the data, and checks that the model fits it, and that there is enough for all processes.
 
     Raises:
         ConfigurationError: If there is none, or it does not fit.
@@ -189,11 +236,17 @@ def check_data(cli: TrainingCLI) -> None:
         cli.datamodule.setup()
     except (OSError, ValueError) as error:
         raise ConfigurationError(str(error)) from error
+    groups = 1 if processes is None else processes.size // processes.sequence_parallel
+    if cli.datamodule.validation_streams < groups:
+        raise ConfigurationError(
+            f"data.validation_streams must be at least the number of groups of processes, {groups}, got "
+            f"{cli.datamodule.validation_streams}"
+        )
     config = cli.model.model.config
     if config.vocab_size < BYTES:
         raise ConfigurationError(f"bytes need model.config.vocab_size of at least {BYTES}, got {config.vocab_size}")
-    if config.max_positions is not None and config.max_positions < cli.datamodule.context:
+    words, longest = cli.datamodule.longest
+    if config.max_positions is not None and config.max_positions < longest:
         raise ConfigurationError(
-            f"model.config.max_positions must be at least data.context, {cli.datamodule.context}, got "
-            f"{config.max_positions}"
+            f"model.config.max_positions must be at least {words}, {longest}, got {config.max_positions}"
         )

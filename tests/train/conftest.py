@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import random
+import runpy
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,3 +90,69 @@ def whole(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., Done], 
     runs = tmp_path_factory.mktemp("whole")
     done = train(([*tiny, "--runs", runs], None))
     return next(runs.iterdir()), done
+
+
+@dataclass
+class Ranks:
+    """How the processes of a run with several ended.
+
+    Attributes:
+        statuses: Of each process those of its commands, None where it died.
+        codes: What each process ended with.
+        out: What each one printed.
+    """
+
+    statuses: list[list[int] | None]
+    codes: list[int | None]
+    out: list[str]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture(scope="session")
+def train_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ranks]:
+    """Runs commands, ``(arguments, fault)`` each, in several new processes, as torchrun would."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch.distributed.fsdp", "seqzoo.parallel", "seqzoo.testing", "seqzoo.train.command"]
+    )
+
+    def run(size: int, *commands: Sequence[Any], deadline: float = 180.0) -> Ranks:
+        data = [{"arguments": list(map(str, arguments)), "fault": fault} for arguments, fault in commands]
+        ports, logs = free_ports(len(data)), [tmp_path_factory.mktemp("ranks") / "out" for _ in range(size)]
+        processes, connections = [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            given = {"connection": there, "rank": rank, "size": size, "ports": ports, "commands": data}
+            given["log"] = str(logs[rank])
+            process = context.Process(
+                target=runpy.run_path, args=(str(DRIVER.with_name("rank.py")), given, "rank"), daemon=True
+            )
+            process.start()
+            there.close()
+            processes.append(process)
+            connections.append(here)
+        end = time.monotonic() + deadline
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        statuses = []
+        for connection in connections:
+            try:
+                statuses.append(connection.recv() if connection.poll() else None)
+            except EOFError:
+                statuses.append(None)
+        return Ranks(statuses, codes, [log.read_text(encoding="utf-8") for log in logs])
+
+    return run

@@ -37,6 +37,7 @@ def test_the_callback_decides_once_from_the_steps_after_the_first(first, monkeyp
         limit_val_batches=4,
         val_check_interval=100,
         fit_loop=SimpleNamespace(epoch_loop=loop),
+        strategy=SimpleNamespace(reduce_boolean_decision=lambda one, all: one, broadcast=lambda one: one),
         datamodule=SimpleNamespace(val_dataloader=lambda: windows),
     )
     batch = torch.zeros(8, 33)

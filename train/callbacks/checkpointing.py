@@ -68,8 +68,13 @@ class Checkpointing(lightning.Callback):
             self._save(trainer, self._run.last)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Keeps the steps since the last checkpoint, unless saving is what failed or the numbers are spoilt."""
+        """Keeps the steps since the last checkpoint, unless saving is what failed or the numbers are spoilt.
+
+        Of several processes others may be dead or elsewhere, and a checkpoint needs all of them.
+        """
         if isinstance(exception, (Interrupted, Aborted, WriteError)) or trainer.global_step <= self.saved_step:
+            return
+        if trainer.world_size > 1:
             return
         if finite(pl_module.state_dict()):
             self._save(trainer, self._run.last)
@@ -99,9 +104,13 @@ class Checkpointing(lightning.Callback):
         step = trainer.global_step
         due = time.monotonic() - self._saved_at >= self._every_seconds or step == trainer.max_steps
         due = due or (self._every_steps is not None and step % self._every_steps == 0)
-        if due or self._interruption.requested:
+        requested = self._interruption.requested
+        # clocks differ, and signals come to the processes between different steps
+        due = trainer.strategy.reduce_boolean_decision(due, all=False)
+        requested = trainer.strategy.reduce_boolean_decision(requested, all=False)
+        if due or requested:
             self._save(trainer, self._run.last)
-        if self._interruption.requested:
+        if requested:
             raise Interrupted
 
     def _save(self, trainer: Any, path: Path) -> None:

@@ -8,7 +8,10 @@ from collections import deque
 from typing import Any
 
 import lightning.pytorch as lightning
+import torch
 from torch import Tensor
+
+from seqzoo.train.data.windows import replica, tokens_of
 
 
 class Metering(lightning.Callback):
@@ -23,7 +26,9 @@ class Metering(lightning.Callback):
         self.bytes = 0
         self.loss: float | None = None
         self.validation_bpb: float | None = None
-        self._since: dict[str, float] = {"loss": 0.0, "batches": 0, "bytes": 0, "seconds": 0.0}
+        # of packed documents, the share of the last batches that is no padding, were they filled up
+        self.packing: float | None = None
+        self._since: dict[str, float] = {"loss": 0.0, "batches": 0, "bytes": 0, "seconds": 0.0, "room": 0}
         self._begin = 0.0
         self._recent: deque[tuple[int, float]] = deque(maxlen=50)
 
@@ -44,14 +49,19 @@ class Metering(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         """Adds the step; every ``log_every_n_steps`` updates it is a row."""
         # reading the loss waits for the device, so it comes before the clock is read
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        loss = float(outputs["total"])
         seconds = time.perf_counter() - self._begin
-        size = batch[:, 1:].numel() * trainer.world_size
+        # of packed documents the groups of processes have unequally many
+        size, room = trainer.strategy.reduce(
+            torch.tensor([tokens_of(batch), getattr(batch, "capacity", 0)], device=pl_module.device), reduce_op="sum"
+        ).tolist()
+        shared = trainer.world_size // replica(trainer)[1]
+        size, room = size // shared, room // shared
         self.loss = loss
         self.seconds += seconds
         self.bytes += size
         self._recent.append((size, seconds))
-        for name, value in (("loss", loss), ("batches", 1), ("bytes", size), ("seconds", seconds)):
+        for name, value in (("loss", loss), ("batches", 1), ("bytes", size), ("seconds", seconds), ("room", room)):
             self._since[name] += value
         step = trainer.global_step
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
@@ -65,6 +75,8 @@ class Metering(lightning.Callback):
             "bytes_per_second": round(self._since["bytes"] / max(self._since["seconds"], 1e-9)),
             "seconds": round(self.seconds, 3),
         }
+        if self._since["room"]:
+            self.packing = row["packing"] = self._since["bytes"] / self._since["room"]
         self._since = dict.fromkeys(self._since, 0)
         self._log(trainer, row)
 
@@ -86,6 +98,7 @@ class Metering(lightning.Callback):
             "bytes": self.bytes,
             "loss": self.loss,
             "validation_bpb": self.validation_bpb,
+            "packing": self.packing,
             "since": dict(self._since),
         }
 
@@ -93,4 +106,6 @@ class Metering(lightning.Callback):
         """Takes up what a checkpoint kept."""
         self.seconds, self.bytes = state_dict["seconds"], state_dict["bytes"]
         self.loss, self.validation_bpb = state_dict["loss"], state_dict["validation_bpb"]
-        self._since = dict(state_dict["since"])
+        # a checkpoint of an earlier version has neither
+        self.packing = state_dict.get("packing")
+        self._since = {"room": 0, **state_dict["since"]}

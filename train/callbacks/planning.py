@@ -10,6 +10,7 @@ import lightning.pytorch as lightning
 from torch import Tensor
 
 from seqzoo.train.configuration import ConfigurationError
+from seqzoo.train.data.windows import tokens_of
 
 SKIPPED = 3
 MEASURED = 8
@@ -85,14 +86,17 @@ class StepsFromMinutes(lightning.Callback):
             return
         measured = now - self._measured_from
         enough = steps_here >= SKIPPED + MEASURED and measured >= SHARE * self.budget
-        if enough or step >= self.warmup_steps - 1 or now - self._began > self.budget / 2:
+        enough = enough or step >= self.warmup_steps - 1 or now - self._began > self.budget / 2
+        # the processes' clocks differ
+        if trainer.strategy.reduce_boolean_decision(enough, all=False):
             steps = self._plan(trainer, batch, now - self._began, measured / (steps_here - SKIPPED))
+            steps = trainer.strategy.broadcast(steps)
             trainer.fit_loop.epoch_loop.max_steps = steps
             self._decided(steps)
 
     def _plan(self, trainer: Any, batch: Tensor, elapsed: float, step_seconds: float) -> int:
         windows = trainer.datamodule.val_dataloader()
-        per_byte = FORWARD_SHARE * step_seconds / (batch[:, 1:].numel() * trainer.accumulate_grad_batches)
+        per_byte = FORWARD_SHARE * step_seconds / (tokens_of(batch) * trainer.accumulate_grad_batches)
         per_window = per_byte * windows.context * len(windows.starts)
         limit = trainer.limit_val_batches
         used = min(limit, len(windows)) if isinstance(limit, int) else int(limit * len(windows))

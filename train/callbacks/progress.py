@@ -89,6 +89,8 @@ class ProgressDisplay(lightning.Callback):
         if self._meter.validation_bpb is not None:
             words.append(f"val {self._meter.validation_bpb:.3f}")
         words.append(f"{quantity(self._meter.recent_bytes_per_second)}B/s")
+        if self._meter.packing is not None:
+            words.append(f"{100.0 * self._meter.packing:.1f} % filled")
         done = step - self._first[0]
         if total is None:
             words.append("measuring the speed")

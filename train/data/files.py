@@ -79,7 +79,16 @@ def split_files(files: Sequence[str], validation_fraction: float) -> tuple[list[
 
 def read_bytes(folder: Path, files: Sequence[str]) -> Bytes:
     """The bytes of the files behind one another, with nothing in between."""
-    parts = [np.fromfile(folder / path, dtype=np.uint8) for path in files]
+    return joined(read_parts(folder, files))
+
+
+def read_parts(folder: Path, files: Sequence[str]) -> list[Bytes]:
+    """The bytes of each of the files."""
+    return [np.fromfile(folder / path, dtype=np.uint8) for path in files]
+
+
+def joined(parts: Sequence[Bytes]) -> Bytes:
+    """Bytes behind one another."""
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint8)
 
 

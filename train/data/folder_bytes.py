@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import lightning.pytorch as lightning
 
 from seqzoo.train.baselines import Bytes
-from seqzoo.train.data.files import digest, find_files, read_bytes, resolve_folder, split_files
-from seqzoo.train.data.windows import TrainingWindows, ValidationWindows
+from seqzoo.train.data.files import digest, find_files, joined, read_bytes, read_parts, resolve_folder, split_files
+from seqzoo.train.data.windows import TrainingWindows, ValidationWindows, replica
 
 
 class FolderBytes(lightning.LightningDataModule):
@@ -18,7 +21,7 @@ class FolderBytes(lightning.LightningDataModule):
         exclude: Patterns of the names of files and folders that are left out.
         validation_fraction: Share of the files that is held out, chosen by a hash of the path.
         context: Bytes of a window.
-        batch_size: Windows of a step, in every process.
+        batch_size: Windows of a step, in every process, or group of processes that share sequences.
         validation_streams: Streams in which the validation bytes are read, side by side.
         seed: Seed of the order of the windows; the command sets it from its own.
     """
@@ -56,7 +59,13 @@ class FolderBytes(lightning.LightningDataModule):
         self.seed = seed
         self.training_bytes: Bytes | None = None
         self.validation_bytes: Bytes | None = None
+        self.training_lengths: list[int] = []
         self.counts: tuple[int, int] = (0, 0)
+
+    @property
+    def longest(self) -> tuple[str, int]:
+        """How many bytes a model sees of one sequence, and which option says so."""
+        return "data.context", self.context
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the files, once.
@@ -69,7 +78,8 @@ class FolderBytes(lightning.LightningDataModule):
         folder = resolve_folder(self.folder)
         found = find_files(folder, self.files, self.exclude)
         training, validation = split_files(found, self.validation_fraction)
-        sides = {"training": read_bytes(folder, training), "validation": read_bytes(folder, validation)}
+        parts = read_parts(folder, training)
+        sides = {"training": joined(parts), "validation": read_bytes(folder, validation)}
         for name, needed in (("training", max(self.context + 1, 3)), ("validation", 2)):
             if sides[name].size < needed:
                 raise ValueError(
@@ -78,9 +88,10 @@ class FolderBytes(lightning.LightningDataModule):
                     f"validation (validation_fraction {self.validation_fraction}); add files or change the fraction"
                 )
         self.counts = (len(training), len(validation))
+        self.training_lengths = [part.size for part in parts]
         self.training_bytes, self.validation_bytes = sides["training"], sides["validation"]
 
-    def train_dataloader(self) -> TrainingWindows:
+    def train_dataloader(self) -> Iterable[Any]:
         """Batches from the step on at which the trainer stands."""
         training = _loaded(self.training_bytes)
         trainer = self.trainer
@@ -89,7 +100,7 @@ class FolderBytes(lightning.LightningDataModule):
             context=self.context,
             batch_size=self.batch_size,
             seed=self.seed,
-            rank=0 if trainer is None else trainer.global_rank,
+            rank=replica(trainer)[0],
             start=0 if trainer is None else trainer.global_step * trainer.accumulate_grad_batches,
         )
 

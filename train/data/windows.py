@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,17 @@ from torch import Tensor
 from seqzoo.train.baselines import Bytes
 
 IGNORED = -100
+
+
+def tokens_of(batch: Any) -> int:
+    """How many tokens a training batch, of windows or packed, has the model read."""
+    return batch[:, 1:].numel() if isinstance(batch, Tensor) else batch.ids.numel()
+
+
+def replica(trainer: Any) -> tuple[int, int]:
+    """Which of the groups of processes that read different data this process belongs to, and how many there are."""
+    divided = None if trainer is None else trainer.distributed_sampler_kwargs
+    return (0, 1) if divided is None else (divided["rank"], divided["num_replicas"])
 
 
 class TrainingWindows:
@@ -25,7 +37,7 @@ class TrainingWindows:
         context: Bytes that a window predicts.
         batch_size: Windows of a batch.
         seed: Of the whole sequence of batches.
-        rank: Of this process; each draws its own windows.
+        rank: Of this process among those that read different data; each draws its own windows.
         start: Number of the first batch.
     """
 
