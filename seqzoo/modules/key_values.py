@@ -60,8 +60,8 @@ def attend_to_cache(
         if packing is None:
             return o, {"k": k.clone(), "v": v.clone(), "length": empty + k.shape[1]}
         none = {name: value[:1, :0].expand(rows, -1, -1, -1) for name, value in (("k", k), ("v", v))}
-        return o, _Cache(none, empty, recorded).add(k, v, packing)
-    cache = _Cache({"k": state["k"], "v": state["v"]}, state["length"], recorded)
+        return o, Cache(none, empty, recorded).add(k, v, packing)
+    cache = Cache({"k": state["k"], "v": state["v"]}, state["length"], recorded)
     after = cache.add(k, v, packing)
     alike = cache.alike if packing is None else None
     if alike is not None:
@@ -79,8 +79,14 @@ def attend_to_cache(
     return o, after
 
 
-class _Cache:
-    """A cache to which tokens are added."""
+class Cache:
+    """A cache to which tokens are added.
+
+    Args:
+        tensors: ``"k"`` and ``"v"``.
+        length: Tokens of each row.
+        recorded: Whether a gradient may ask for keys and values again, so that they are not written in place.
+    """
 
     def __init__(self, tensors: State, length: Tensor, recorded: bool) -> None:
         self.tensors, self.length, self.recorded = tensors, length, recorded
@@ -216,9 +222,9 @@ def attend_to_ring(
             return o, None
         rows = k.shape[0] if packing is None else packing.n_sequences
         empty = {name: value.new_zeros(rows, window, *value.shape[2:]) for name, value in (("k", k), ("v", v))}
-        return o, _turn({**empty, "length": k.new_zeros(rows, dtype=torch.int64)}, k, v, packing)
+        return o, turn({**empty, "length": k.new_zeros(rows, dtype=torch.int64)}, k, v, packing)
     if packing is None and q.shape[1] == 1:
-        after = _turn(state, k, v, packing)
+        after = turn(state, k, v, packing)
         places = torch.arange(window, device=q.device)
         hidden = (places >= after["length"][:, None])[:, None, None]
         bias = hidden.new_zeros(hidden.shape, dtype=torch.float32).masked_fill(hidden, -torch.inf)
@@ -226,7 +232,7 @@ def attend_to_ring(
         return o, after
     places = _ring_positions(state["length"], window)
     o = attend_to_joined(q, k, v, state, places, packing, window=window, **options)
-    return o, _turn(state, k, v, packing)
+    return o, turn(state, k, v, packing)
 
 
 def _ring_positions(length: Tensor, window: int) -> Tensor:
@@ -236,7 +242,7 @@ def _ring_positions(length: Tensor, window: int) -> Tensor:
     return last - torch.remainder(last - places, window)
 
 
-def _turn(state: State, k: Tensor, v: Tensor, packing: Packing | None) -> State:
+def turn(state: State, k: Tensor, v: Tensor, packing: Packing | None) -> State:
     """The ring with more tokens."""
     after = _seen(state, k, packing)
     return replace_places(state, k, v, packing, _ring_positions(after, state["k"].shape[1]))

@@ -30,7 +30,7 @@ from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.derivatives import once
 from seqzoo.kernels.dispatch import chosen, slot
 from seqzoo.mixer import State
-from seqzoo.modules.key_values import _Cache, _turn
+from seqzoo.modules.key_values import Cache, turn
 from seqzoo.packing import Packing
 from seqzoo.parallel.exchange import (
     Form,
@@ -1223,11 +1223,12 @@ def parallel_state(
         empty = {name: x.new_zeros(rows, window or 0, *x.shape[2:]) for name, x in (("k", k), ("v", v))}
         state = {**empty, "length": torch.zeros(rows, dtype=torch.int64, device=k.device)}
     if window is None:
-        return o, _Cache({"k": state["k"], "v": state["v"]}, state["length"]).add(k, v, packing)
+        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (o, k, v, state["k"], state["v"]))
+        return o, Cache({"k": state["k"], "v": state["v"]}, state["length"], recorded).add(k, v, packing)
     passed = [first - start for (start, _), (first, _) in zip(sequences, kept, strict=True)]
     passed = torch.tensor(passed).to(k.device, non_blocking=True)
     # the tokens that were not sent are counted, and what is sent fills the ring where there are any
-    return o, _turn({**state, "length": state["length"] + passed}, k, v, packing)
+    return o, turn({**state, "length": state["length"] + passed}, k, v, packing)
 
 
 class Payload(NamedTuple):
