@@ -8,6 +8,7 @@ from seqzoo.models.config import ClassifierConfig as ClassifierConfig
 from seqzoo.models.config import ModelConfig as ModelConfig
 from seqzoo.models.continuations import log_likelihoods as log_likelihoods
 from seqzoo.models.continuations import score as score
+from seqzoo.models.dual_encoder import DualEncoder as DualEncoder
 from seqzoo.models.generation import generate as generate
 from seqzoo.models.generation import stream as stream
 from seqzoo.models.language_model import LanguageModel as LanguageModel

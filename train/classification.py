@@ -1,0 +1,161 @@
+"""The Lightning module of classification: a classifier of sequences or of pairs, its optimiser and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqzoo.models import ClassifierConfig, DualEncoder, SequenceClassifier
+from seqzoo.parameters import parameter_groups
+from seqzoo.train.data.examples import Batch
+from seqzoo.train.data.lra import ClassificationData
+from seqzoo.train.finite import check_finite
+from seqzoo.train.modules import step_seed
+from seqzoo.train.schedule import warmup_cosine
+
+
+class ClassificationModule(lightning.LightningModule):
+    """Classification of sequences with AdamW, a linear warm-up and a cosine to zero.
+
+    A batch holds the keyword arguments of :meth:`seqzoo.models.SequenceClassifier.loss`: ``x``, ``labels`` and, where
+    sequences are of unequal lengths, ``lengths``; of pairs, ``x`` has all first sequences and then all second ones.
+
+    Args:
+        config: The model.
+        pairs: Whether an example is two sequences (:class:`seqzoo.models.DualEncoder`).
+        lr: Highest learning rate.
+        weight_decay: Of matrices; modules may ask for their own.
+        beta1: AdamW's average of gradients.
+        beta2: AdamW's average of squared gradients.
+        warmup_steps: Updates in which the learning rate rises.
+        seed: Seed of the dropout; the command sets it from its own.
+    """
+
+    def __init__(
+        self,
+        config: ClassifierConfig,
+        pairs: bool = False,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        warmup_steps: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("lr", lr, 0.0), ("warmup_steps", warmup_steps, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.model = DualEncoder(config) if pairs else SequenceClassifier(config)
+        self.pairs = pairs
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.betas = (beta1, beta2)
+        self.warmup_steps = warmup_steps
+        self.seed = seed
+        self._sums = torch.zeros(3, dtype=torch.float64)
+
+    def check_data(self, data: ClassificationData) -> None:
+        """Raises ValueError unless the model takes the sequences and tells as many classes as the data have."""
+        config = self.model.config
+        if self.pairs != data.pairs:
+            kind = "pairs" if data.pairs else "single sequences"
+            raise ValueError(f"the data are {kind}: model.pairs must be {str(data.pairs).lower()}, got {self.pairs}")
+        for name in ("vocab_size", "n_features"):
+            wanted, given = getattr(data, name), getattr(config, name)
+            # a larger vocabulary has room for all tokens
+            if wanted != given and not (name == "vocab_size" and None not in (wanted, given) and given > wanted):
+                raise ValueError(f"the data need model.config.{name} {wanted}, got {given}")
+        if config.n_classes != data.n_classes:
+            raise ValueError(f"the data need model.config.n_classes {data.n_classes}, got {config.n_classes}")
+        if config.max_positions is not None and config.max_positions < data.longest:
+            raise ValueError(
+                f"model.config.max_positions must be at least the longest sequence, {data.longest}, got "
+                f"{config.max_positions}"
+            )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over the groups that the model's modules ask for."""
+        groups = parameter_groups(self.model, self.lr, self.weight_decay)
+        for group in groups:
+            group["peak_lr"] = group["lr"]
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Sets the learning rate and the random state, both from the step alone."""
+        step = self.trainer.global_step
+        factor = warmup_cosine(step, self.warmup_steps, self.trainer.max_steps)
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        torch.manual_seed(
+            step_seed(self.seed, self.global_rank, step, batch_idx % self.trainer.accumulate_grad_batches)
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean loss of a batch.
+
+        Raises:
+            NonFiniteLoss: If it is NaN or infinite; names the layer that first made it so.
+        """
+        loss = self.model.loss(**batch)
+        check_finite(loss, self.model, batch["x"], step=self.trainer.global_step)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets what the validation before has counted."""
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch."""
+        self._sums += self.score(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Makes ``validation_accuracy`` and ``validation_loss`` known to callbacks."""
+        self._make_known("validation")
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets what was counted before."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch."""
+        self._sums += self.score(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Makes ``test_accuracy`` and ``test_loss`` known to callbacks."""
+        self._make_known("test")
+
+    def score(self, batch: Batch) -> Tensor:
+        """Right answers, summed loss and number of examples, float64 ``(3,)``."""
+        scores = self.model(**{name: part for name, part in batch.items() if name != "labels"}).float()
+        labels = batch["labels"]
+        right = (scores.argmax(-1) == labels).sum()
+        loss = F.cross_entropy(scores, labels, reduction="sum")
+        return torch.stack((right.double(), loss.double(), right.new_tensor(len(labels)).double()))
+
+    @torch.no_grad()
+    def judge(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Accuracy and mean loss over all examples of some batches, and their number, with dropout off."""
+        training = self.training
+        self.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch in batches:
+            sums += self.score({name: _moved(part, self.device) for name, part in batch.items()}).cpu()
+        self.train(training)
+        right, loss, count = sums.tolist()
+        return {"accuracy": right / max(count, 1), "loss": loss / max(count, 1), "examples": int(count)}
+
+    def _make_known(self, split: str) -> None:
+        right, loss, count = self.trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        self.log(f"{split}_accuracy", right / max(count, 1.0), logger=False)
+        self.log(f"{split}_loss", loss / max(count, 1.0), logger=False)
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    return part.to(device) if isinstance(part, Tensor) else part
