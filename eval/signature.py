@@ -31,7 +31,7 @@ from seqzoo.packing import Packing
 from seqzoo.parameters import parameter_groups
 from seqzoo.train.data.diagnostics import diagnostic
 from seqzoo.train.data.windows import IGNORED
-from seqzoo.train.schedule import warmup_cosine
+from seqzoo.train.schedule import rate_factor
 
 SEEDS = 5
 # at this accuracy where it is trained nothing more is to be learned
@@ -248,7 +248,7 @@ def run(name: str, task: str, seed: int, steps: int | None = None) -> dict[str, 
     started = time.perf_counter()
     for step in range(steps):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * warmup_cosine(step, warmup, steps)
+            group["lr"] = peak * rate_factor(step, warmup, steps)
         loss = cast("Tensor", model.loss(*draw(step)))
         optimizer.zero_grad()
         loss.backward()

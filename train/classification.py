@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import lightning.pytorch as lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from seqzoo.models import ClassifierConfig, DualEncoder, SequenceClassifier
-from seqzoo.parameters import parameter_groups
 from seqzoo.train.data.examples import Batch
 from seqzoo.train.data.lra import ClassificationData
 from seqzoo.train.finite import check_finite
-from seqzoo.train.modules import step_seed
-from seqzoo.train.schedule import warmup_cosine
+from seqzoo.train.optimisation import OptimisedModule
 
 
-class ClassificationModule(lightning.LightningModule):
-    """Classification of sequences with AdamW, a linear warm-up and a cosine to zero.
+class ClassificationModule(OptimisedModule):
+    """Classification of sequences with AdamW.
 
     A batch holds the keyword arguments of :meth:`seqzoo.models.SequenceClassifier.loss`: ``x``, ``labels`` and, where
     sequences are of unequal lengths, ``lengths``; of pairs, ``x`` has all first sequences and then all second ones.
@@ -33,6 +30,7 @@ class ClassificationModule(lightning.LightningModule):
         beta1: AdamW's average of gradients.
         beta2: AdamW's average of squared gradients.
         warmup_steps: Updates in which the learning rate rises.
+        schedule: How it falls: "cosine", "linear", "wsd", "rex", "inverse_sqrt" or "constant".
         seed: Seed of the dropout; the command sets it from its own.
     """
 
@@ -45,19 +43,12 @@ class ClassificationModule(lightning.LightningModule):
         beta1: float = 0.9,
         beta2: float = 0.999,
         warmup_steps: int = 1000,
+        schedule: str = "cosine",
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value, least in (("lr", lr, 0.0), ("warmup_steps", warmup_steps, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        self.model = DualEncoder(config) if pairs else SequenceClassifier(config)
+        model = DualEncoder(config) if pairs else SequenceClassifier(config)
+        super().__init__(model, lr, weight_decay, (beta1, beta2), warmup_steps, schedule, seed)
         self.pairs = pairs
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.betas = (beta1, beta2)
-        self.warmup_steps = warmup_steps
-        self.seed = seed
         self._sums = torch.zeros(3, dtype=torch.float64)
 
     def check_data(self, data: ClassificationData) -> None:
@@ -79,33 +70,15 @@ class ClassificationModule(lightning.LightningModule):
                 f"{config.max_positions}"
             )
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over the groups that the model's modules ask for."""
-        groups = parameter_groups(self.model, self.lr, self.weight_decay)
-        for group in groups:
-            group["peak_lr"] = group["lr"]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Sets the learning rate and the random state, both from the step alone."""
-        step = self.trainer.global_step
-        factor = warmup_cosine(step, self.warmup_steps, self.trainer.max_steps)
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-        torch.manual_seed(
-            step_seed(self.seed, self.global_rank, step, batch_idx % self.trainer.accumulate_grad_batches)
-        )
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of a batch.
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The mean loss of a batch, ``loss``, and the same as a number to be shown, ``total``.
 
         Raises:
             NonFiniteLoss: If it is NaN or infinite; names the layer that first made it so.
         """
         loss = self.model.loss(**batch)
         check_finite(loss, self.model, batch["x"], step=self.trainer.global_step)
-        return loss
+        return {"loss": loss, "total": loss.detach()}
 
     def on_validation_epoch_start(self) -> None:
         """Forgets what the validation before has counted."""

@@ -15,6 +15,8 @@ from rich.console import Console
 
 from seqzoo.train.arguments import Request, short_help
 from seqzoo.train.checkpoints import CheckpointError, read_checkpoint
+from seqzoo.train.classification import ClassificationModule
+from seqzoo.train.classification_training import ClassificationTraining
 from seqzoo.train.configuration import ConfigurationError, combine
 from seqzoo.train.finite import NonFiniteLoss
 from seqzoo.train.options import TrainingCLI, section_help
@@ -69,7 +71,7 @@ def start(request: Request, console: Console) -> int:
         run = processes.first(lambda: RunFolder.create(Path(cli.config.runs), cli.config.name, sharded=True))
     with held(run, processes):
         try:
-            training = Training(cli, run, console, processes=processes)
+            training = training_of(cli)(cli, run, console, processes=processes)
         except (ConfigurationError, RunFolderError):
             run.discard()
             raise
@@ -89,8 +91,7 @@ def resume(path: Path, console: Console) -> int:
         finished = run.read_json(run.report)
         if finished is not None:
             console.print(
-                f"{run.path} is finished: {finished['steps']} steps, "
-                f"{finished['validation_bits_per_byte']:.3f} bits per byte; there is nothing to resume",
+                f"{run.path} is finished: {finished['steps']} steps, {_score(finished)}; there is nothing to resume",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -105,7 +106,7 @@ def resume(path: Path, console: Console) -> int:
         checkpoint = choose() if processes is None else processes.first(choose)
         if checkpoint is None:
             console.print(f"{run.path} has no checkpoint yet: beginning at step 0", highlight=False, soft_wrap=True)
-        return Training(cli, run, console, checkpoint, processes).run_all()
+        return training_of(cli)(cli, run, console, checkpoint, processes).run_all()
 
 
 @contextmanager
@@ -118,6 +119,17 @@ def held(run: RunFolder, processes: Processes | None) -> Iterator[None]:
     with ExitStack() as stack:
         processes.first(lambda: stack.enter_context(run.lock()))
         yield
+
+
+def training_of(cli: TrainingCLI) -> type[Training]:
+    """What trains a module of this kind."""
+    return ClassificationTraining if isinstance(cli.model, ClassificationModule) else Training
+
+
+def _score(report: Mapping[str, Any]) -> str:
+    if "test_accuracy" in report:
+        return f"accuracy {report['test_accuracy']:.4f}"
+    return f"{report['validation_bits_per_byte']:.3f} bits per byte"
 
 
 def _readable(run: RunFolder, path: Path) -> Path | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # the configurations of the quickstart, and what each is there to name
 QUICKSTART = {
     "task/stdlib": ("model.class_path", "data.class_path"),
-    "model/min_gru": ("model.init_args.config",),
+    "model/min_gru": ("model.init_args.config.pattern",),
 }
 
 

@@ -13,6 +13,15 @@ from lightning.pytorch.loggers.logger import Logger
 from seqzoo.hub.files import WriteError, atomic_file
 
 COLUMNS = ("step", "train_loss", "train_bpb", "validation_bpb", "lr", "bytes_per_second", "seconds", "packing")
+CLASSIFICATION_COLUMNS = (
+    "step",
+    "train_loss",
+    "validation_loss",
+    "validation_accuracy",
+    "lr",
+    "tokens_per_second",
+    "seconds",
+)
 
 
 class MetricsTable(Logger):
@@ -22,15 +31,17 @@ class MetricsTable(Logger):
         path: The file.
         keep: Rows after this step are removed first: they belong to work that the checkpoint does not hold and that
             is about to be done again.
+        columns: Of the file.
     """
 
-    def __init__(self, path: Path, keep: int = 0) -> None:
+    def __init__(self, path: Path, keep: int = 0, columns: tuple[str, ...] = COLUMNS) -> None:
         super().__init__()
         self.path = path
-        lines: list[tuple[str, ...]] = [COLUMNS]
+        self.columns = columns
+        lines: list[tuple[str, ...]] = [columns]
         for row in read_metrics(path):
             if (row["step"] or 0) <= keep:
-                lines.append(tuple("" if row[name] is None else _text(row[name] or 0.0) for name in COLUMNS))
+                lines.append(tuple("" if row[name] is None else _text(row[name] or 0.0) for name in columns))
         with atomic_file(path, what="the table of metrics") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
 
@@ -49,13 +60,13 @@ class MetricsTable(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Appends a row of those metrics that have a column."""
-        values = {name: _text(value) for name, value in metrics.items() if name in COLUMNS}
+        values = {name: _text(value) for name, value in metrics.items() if name in self.columns}
         if not values or step is None:
             return
         row = {"step": str(step), **values}
         try:
             with self.path.open("a", encoding="utf-8", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(row.get(name, "") for name in COLUMNS)
+                csv.writer(file, lineterminator="\n").writerow(row.get(name, "") for name in self.columns)
         except OSError as error:
             raise WriteError(error.errno, f"could not add a row to {self.path}: {error.strerror}") from error
 
@@ -68,8 +79,8 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     whole = text[: text.rfind("\n") + 1]
     rows = []
     for row in csv.DictReader(io.StringIO(whole)):
-        values = {name: None if not row.get(name) else float(str(row[name])) for name in COLUMNS}
-        if values["step"] is not None:
+        values = {name: float(value) if value else None for name, value in row.items()}
+        if values.get("step") is not None:
             rows.append(values)
     return rows
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 from typing import Any, cast
 
-import lightning.pytorch as lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,16 +13,15 @@ from torch import Tensor
 from seqzoo.mixer import State, join
 from seqzoo.models import LanguageModel, ModelConfig
 from seqzoo.parallel import shard_model
-from seqzoo.parameters import parameter_groups
 from seqzoo.train.data.documents import PackedBatch
 from seqzoo.train.data.windows import IGNORED, replica
 from seqzoo.train.finite import check_finite
-from seqzoo.train.schedule import warmup_cosine
+from seqzoo.train.optimisation import OptimisedModule
 from seqzoo.train.strategy import own_tokens, total
 
 
-class LanguageModeling(lightning.LightningModule):
-    """Next-token prediction with AdamW, a linear warm-up and a cosine to zero.
+class LanguageModeling(OptimisedModule):
+    """Next-token prediction with AdamW.
 
     A training batch is integers (B, T + 1), or a :class:`seqzoo.train.data.PackedBatch`, whose documents may go on from
     batch to batch: the state is handed on, without gradients. A validation batch is inputs and labels, both (B, T), the
@@ -40,6 +37,7 @@ class LanguageModeling(lightning.LightningModule):
         beta1: AdamW's average of gradients.
         beta2: AdamW's average of squared gradients.
         warmup_steps: Updates in which the learning rate rises.
+        schedule: How it falls: "cosine", "linear", "wsd", "rex", "inverse_sqrt" or "constant".
         carry_state: Whether validation hands the state from window to window; without, every window starts afresh,
             which models whose state grows with the length need.
         sample_prompt: What the sample at the end continues.
@@ -56,30 +54,20 @@ class LanguageModeling(lightning.LightningModule):
         beta1: float = 0.9,
         beta2: float = 0.95,
         warmup_steps: int = 100,
+        schedule: str = "cosine",
         carry_state: bool = True,
         sample_prompt: str = "\n",
         sample_length: int = 600,
         sample_temperature: float = 0.8,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("lr", lr, 0.0),
-            ("warmup_steps", warmup_steps, 0),
-            ("sample_length", sample_length, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        self.model = LanguageModel(config)
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.betas = (beta1, beta2)
-        self.warmup_steps = warmup_steps
+        if sample_length < 1:
+            raise ValueError(f"sample_length must be at least 1, got {sample_length}")
+        super().__init__(LanguageModel(config), lr, weight_decay, (beta1, beta2), warmup_steps, schedule, seed)
         self.carry_state = carry_state
         self.sample_prompt = sample_prompt
         self.sample_length = sample_length
         self.sample_temperature = sample_temperature
-        self.seed = seed
         self._divided = False
         # of documents that go on with the next batch
         self._carried: dict[int, list[State]] = {}
@@ -92,24 +80,6 @@ class LanguageModeling(lightning.LightningModule):
         if self.device_mesh is not None and not self._divided:
             shard_model(self.model, self.device_mesh)
             self._divided = True
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over the groups that the model's modules ask for."""
-        groups = parameter_groups(self.model, self.lr, self.weight_decay)
-        for group in groups:
-            group["peak_lr"] = group["lr"]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Sets the learning rate and the random state, both from the step alone."""
-        step = self.trainer.global_step
-        factor = warmup_cosine(step, self.warmup_steps, self.trainer.max_steps)
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-        torch.manual_seed(
-            step_seed(self.seed, self.global_rank, step, batch_idx % self.trainer.accumulate_grad_batches)
-        )
 
     def training_step(self, batch: Tensor | PackedBatch, batch_idx: int) -> dict[str, Tensor]:
         """The mean loss of a batch: ``loss``, of several processes this one's share, and ``total``, that of all.
@@ -222,9 +192,3 @@ class LanguageModeling(lightning.LightningModule):
             total, count = total + nats, count + tokens
         self.train(training)
         return total / max(count, 1) / math.log(2.0)
-
-
-def step_seed(*numbers: int) -> int:
-    """A seed of 63 bits from a few integers, so that dropout depends on the step and not on what ran before."""
-    text = ",".join(str(number) for number in numbers)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

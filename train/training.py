@@ -17,9 +17,11 @@ from seqzoo.train.baselines import BYTES
 from seqzoo.train.callbacks import Checkpointing, Metering, ProgressDisplay, StepsFromMinutes
 from seqzoo.train.callbacks.progress import quantity
 from seqzoo.train.checkpoints import SafetensorsIO, read_checkpoint
+from seqzoo.train.classification import ClassificationModule
 from seqzoo.train.configuration import ConfigurationError
+from seqzoo.train.data.lra import ClassificationData
 from seqzoo.train.interruption import Aborted, Interrupted, Interruption
-from seqzoo.train.metrics_table import MetricsTable
+from seqzoo.train.metrics_table import COLUMNS, MetricsTable
 from seqzoo.train.modules import LanguageModeling
 from seqzoo.train.options import TrainingCLI
 from seqzoo.train.processes import Processes
@@ -47,6 +49,11 @@ class Training:
         RunFolderError: If the disk is too full for checkpoints.
     """
 
+    # what another kind of model has otherwise
+    metric, greatest, unit = "validation_bpb", False, "B"
+    columns: tuple[str, ...] = COLUMNS
+    planner: type[StepsFromMinutes] = StepsFromMinutes
+
     def __init__(
         self,
         cli: TrainingCLI,
@@ -69,15 +76,17 @@ class Training:
         self.step = self.state.get("global_step", 0)
         self.interruption = Interruption(0.0 if processes is None else ECHO)
         config = cli.config
-        self.meter = Metering()
-        self.saver = Checkpointing(run, config.checkpoint_minutes, config.checkpoint_steps, self.interruption)
-        callbacks = [self.meter, self.saver, *([ProgressDisplay(console, self.meter)] if self.first else [])]
+        self.meter, display = self.make_display()
+        self.saver = Checkpointing(
+            run, config.checkpoint_minutes, config.checkpoint_steps, self.interruption, self.metric, self.greatest
+        )
+        callbacks = [self.meter, self.saver, *([display] if self.first else [])]
         if config.trainer.max_steps == -1:
             # before the saver: a checkpoint belongs to a number of steps that is written down
-            callbacks.insert(1, StepsFromMinutes(config.minutes, cli.model.warmup_steps, self._decided))
+            callbacks.insert(1, self.planner(config.minutes, cli.model.warmup_steps, self._decided))
         self.trainer = cli.build_trainer(
             loggers=[
-                MetricsTable(run.metrics, keep=self.step),
+                MetricsTable(run.metrics, self.step, self.columns),
                 TensorBoardLogger(run.path, name="tensorboard", version="", purge_step=self.step + 1),
             ]
             if self.first
@@ -93,6 +102,11 @@ class Training:
                 f"without sequence_parallel the training command runs one process, trainer.devices and "
                 f"trainer.num_nodes ask for {self.trainer.world_size}"
             )
+
+    def make_display(self) -> tuple[Metering, ProgressDisplay]:
+        """What measures loss and speed, and what shows it."""
+        meter = Metering()
+        return meter, ProgressDisplay(self.console, meter)
 
     def run_all(self, arguments: Sequence[str] = ()) -> int:
         """Trains and reports; returns the exit status.
@@ -127,7 +141,7 @@ class Training:
         if self.first:
             self.run.write_text(self.run.configuration, self.cli.text())
         speed = quantity(self.meter.recent_bytes_per_second)
-        self._say(f"{speed}B/s: {steps} steps fit into {self.cli.config.minutes:g} minutes")
+        self._say(f"{speed}{self.unit}/s: {steps} steps fit into {self.cli.config.minutes:g} minutes")
 
     def _record(self, arguments: Sequence[str]) -> None:
         keeps_memory = isinstance(self.trainer.accelerator, CPUAccelerator) and keep_freed_memory()
@@ -149,15 +163,11 @@ class Training:
             self.console.print(f"the bits may differ from an uninterrupted run: {difference}", style="yellow")
 
     def _introduce(self) -> None:
-        data = self.cli.datamodule.description()
         config = self.cli.model.model.config
         parameters = sum(parameter.numel() for parameter in self.cli.model.parameters())
         pattern = config.pattern if isinstance(config.pattern, str) else ", ".join(map(str, config.pattern))
         self._say(f"run    {self.run.path}" + (f"  (from step {self.step})" if self.checkpoint else ""))
-        self._say(
-            f"data   {data['folder']}: {quantity(float(data['training_bytes']))}B of {data['training_files']} files to "
-            f"train on, {quantity(float(data['validation_bytes']))}B of {data['validation_files']} to validate"
-        )
+        self._say(f"data   {self.data_words()}")
         self._say(
             f"model  {config.n_layers} layers of {pattern}, width {config.d_model}, {parameters / 1e6:.2f} M "
             f"parameters on {self.trainer.strategy.root_device}"
@@ -165,6 +175,14 @@ class Training:
         if self.processes is not None:
             size, shared = self.processes.size, self.processes.sequence_parallel
             self._say(f"       divided among {size} processes, each sequence among {shared}")
+
+    def data_words(self) -> str:
+        """Where the data lie, and how many there are."""
+        data = self.cli.datamodule.description()
+        return (
+            f"{data['folder']}: {quantity(float(data['training_bytes']))}B of {data['training_files']} files to "
+            f"train on, {quantity(float(data['validation_bytes']))}B of {data['validation_files']} to validate"
+        )
 
     def _trained(self) -> bool:
         return 0 < self.trainer.max_steps <= self.step
@@ -211,9 +229,14 @@ class Training:
             "best_step": self.saver.best_step,
             "validated_step": self.saver.validated_step,
         }
-        report.finish(self.run, module, self.cli.datamodule, facts, self.console)
+        use = self.finish(module, facts)
         self._say(f"run    {self.run.path}")
-        self._say(f"       seqzoo generate --checkpoint {self.run.path} continues a prompt")
+        self._say(f"       {use}")
+
+    def finish(self, module: Any, facts: dict[str, Any]) -> str:
+        """Judges a module with the last weights and leaves the report; returns what can be done with the run."""
+        report.finish(self.run, module, self.cli.datamodule, facts, self.console)
+        return f"seqzoo generate --checkpoint {self.run.path} continues a prompt"
 
     def _say(self, words: str) -> None:
         self.console.print(words, markup=False, highlight=False, soft_wrap=True)
@@ -236,6 +259,11 @@ def check_data(cli: TrainingCLI, processes: Processes | None = None) -> None:
         cli.datamodule.setup()
     except (OSError, ValueError) as error:
         raise ConfigurationError(str(error)) from error
+    if isinstance(cli.model, ClassificationModule):
+        if processes is not None:
+            raise ConfigurationError("a classifier pools over all tokens of a sequence: it cannot share them out")
+        _check_classification(cli)
+        return
     groups = 1 if processes is None else processes.size // processes.sequence_parallel
     if cli.datamodule.validation_streams < groups:
         raise ConfigurationError(
@@ -250,3 +278,12 @@ def check_data(cli: TrainingCLI, processes: Processes | None = None) -> None:
         raise ConfigurationError(
             f"model.config.max_positions must be at least {words}, {longest}, got {config.max_positions}"
         )
+
+
+def _check_classification(cli: TrainingCLI) -> None:
+    if not isinstance(cli.datamodule, ClassificationData):
+        raise ConfigurationError(f"a classifier needs labelled data, got {type(cli.datamodule).__name__}")
+    try:
+        cli.model.check_data(cli.datamodule)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error

@@ -19,7 +19,7 @@ from seqzoo.modules.hippo import LEAST_DECAY, MEASURES, diagonalise, hippo
 from seqzoo.ops import ssm_kernel, ssm_scan
 from seqzoo.parameters import parameter_groups
 from seqzoo.testing import inputs
-from seqzoo.train.schedule import warmup_cosine
+from seqzoo.train.schedule import rate_factor
 
 signal = pytest.importorskip("scipy.signal", reason="scipy is missing; install seqzoo[dev]")
 
@@ -420,7 +420,7 @@ def test_sequential_digits(seed, record_property):
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * warmup_cosine(step, 90, steps)
+            group["lr"] = peak * rate_factor(step, 90, steps)
         rows = torch.randint(0, len(x), (batch,), generator=generator)
         loss = model.loss(x[rows], y[rows])
         optimizer.zero_grad()

@@ -16,7 +16,7 @@ from seqzoo.models import LanguageModel, ModelConfig
 from seqzoo.parameters import parameter_groups
 from seqzoo.train.data.mqar import mqar
 from seqzoo.train.data.windows import IGNORED
-from seqzoo.train.schedule import warmup_cosine
+from seqzoo.train.schedule import rate_factor
 
 TASK = {"length": 32, "n_pairs": 6, "vocab_size": 64}
 BATCH, STEPS = 64, 1500
@@ -99,7 +99,7 @@ def train(mixer: dict) -> float:
     start = time.perf_counter()
     for step in range(STEPS):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * warmup_cosine(step, 100, STEPS)
+            group["lr"] = peak * rate_factor(step, 100, STEPS)
         ids, labels = mqar(0, step, batch_size=BATCH, **TASK)
         loss = model.loss(ids, labels)
         optimizer.zero_grad()

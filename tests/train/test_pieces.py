@@ -17,7 +17,8 @@ from seqzoo.train.curves import draw_curves
 from seqzoo.train.data.windows import ValidationWindows
 from seqzoo.train.finite import NonFiniteLoss, check_finite
 from seqzoo.train.interruption import Aborted, Interruption
-from seqzoo.train.modules import LanguageModeling, step_seed
+from seqzoo.train.modules import LanguageModeling
+from seqzoo.train.optimisation import step_seed
 from seqzoo.train.run_folder import RunFolder, RunFolderError
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from seqzoo.models import ModelConfig
 from seqzoo.train.callbacks.planning import MARGIN, REPORT_SECONDS, SKIPPED, StepsFromMinutes, plan_steps
 from seqzoo.train.callbacks.progress import duration, quantity
 from seqzoo.train.metrics_table import COLUMNS, MetricsTable, read_metrics
-from seqzoo.train.schedule import warmup_cosine
+from seqzoo.train.modules import LanguageModeling
+from seqzoo.train.schedule import SCHEDULES, rate_factor
 
 
 def test_steps_fill_the_time():
@@ -56,17 +57,40 @@ def test_the_callback_decides_once_from_the_steps_after_the_first(first, monkeyp
     assert len(decided) == 1
 
 
-def test_the_schedule():
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules(schedule):
     total, warmup = 200, 20
-    values = [warmup_cosine(step, warmup, total) for step in range(total)]
-    assert max(values) == pytest.approx(1.0, abs=1e-3)
+    values = [rate_factor(step, warmup, total, schedule) for step in range(total)]
+    assert max(values) == pytest.approx(1.0, abs=1e-2)
     assert values[:warmup] == sorted(values[:warmup])
     assert values[warmup:] == sorted(values[warmup:], reverse=True)
-    assert 0 < values[-1] < 1e-3
-    assert values[:warmup] == [warmup_cosine(step, warmup, -1) for step in range(warmup)]
-    assert warmup_cosine(500, warmup, -1) == 1.0
-    assert warmup_cosine(total + 5, warmup, total) == pytest.approx(0.0, abs=1e-12)
-    assert math.isclose(warmup_cosine(0, 0, 1), 0.5)
+    assert values[:warmup] == [rate_factor(step, warmup, -1, schedule) for step in range(warmup)]
+    if schedule == "constant":
+        assert set(values[warmup:]) == {1.0}
+    elif schedule == "inverse_sqrt":
+        assert values[4 * 21 - 1] == pytest.approx(0.5)
+        assert rate_factor(500, warmup, -1, schedule) == rate_factor(500, warmup, 900, schedule)
+    else:
+        assert 0 < values[-1] < 0.02
+        assert rate_factor(500, warmup, -1, schedule) == 1.0
+        assert rate_factor(total + 5, warmup, total, schedule) == pytest.approx(0.0, abs=1e-12)
+    assert rate_factor(0, 0, 1, "cosine") == pytest.approx(0.5)
+
+
+def test_the_shapes_of_schedules():
+    # half way between the end of the warm-up and the run's
+    half = {schedule: rate_factor(99, 0, 199, schedule) for schedule in SCHEDULES}
+    assert half == pytest.approx(
+        {"cosine": 0.5, "linear": 0.5, "wsd": 1.0, "rex": 2 / 3, "constant": 1.0, "inverse_sqrt": 0.1}
+    )
+    # a quarter into the last fifth
+    assert rate_factor(169, 0, 199, "wsd") == pytest.approx(0.5)
+
+
+def test_a_schedule_that_is_none():
+    config = ModelConfig(vocab_size=256, d_model=16, n_layers=1, pattern="min_gru")
+    with pytest.raises(ValueError, match=r"no schedule 'cosin'.*cosine"):
+        LanguageModeling(config, schedule="cosin")
 
 
 def test_metrics_lose_and_repeat_nothing(tmp_path):

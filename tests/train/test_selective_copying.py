@@ -11,7 +11,7 @@ from seqzoo.models import LanguageModel, ModelConfig
 from seqzoo.parameters import parameter_groups
 from seqzoo.train.data.selective_copying import selective_copying
 from seqzoo.train.data.windows import IGNORED
-from seqzoo.train.schedule import warmup_cosine
+from seqzoo.train.schedule import rate_factor
 
 LENGTH, BATCH, STEPS = 64, 32, 2000
 
@@ -89,7 +89,7 @@ def train(model: LanguageModel) -> float:
     peaks = [group["lr"] for group in optimizer.param_groups]
     for step in range(STEPS):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * warmup_cosine(step, 100, STEPS)
+            group["lr"] = peak * rate_factor(step, 100, STEPS)
         ids, labels = selective_copying(0, step, batch_size=BATCH, length=LENGTH)
         loss = model.loss(ids, labels)
         optimizer.zero_grad()

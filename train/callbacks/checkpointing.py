@@ -26,9 +26,21 @@ class Checkpointing(lightning.Callback):
         minutes: Time between two checkpoints.
         steps: Updates between two, additionally; None means the clock alone.
         interruption: Asked after every step whether to stop.
+        metric: Name of the validation's result by which a checkpoint is best.
+        greatest: Whether the best is the greatest, and not the least.
     """
 
-    def __init__(self, run: RunFolder, minutes: float, steps: int | None, interruption: Interruption) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        minutes: float,
+        steps: int | None,
+        interruption: Interruption,
+        metric: str = "validation_bpb",
+        greatest: bool = False,
+    ) -> None:
+        self._metric = metric
+        self._sign = -1.0 if greatest else 1.0
         self.best: float | None = None
         self.best_step = 0
         self.validated_step = 0
@@ -53,11 +65,11 @@ class Checkpointing(lightning.Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """The end of a step with validation; a new best one is kept."""
-        if trainer.sanity_checking or "validation_bpb" not in trainer.callback_metrics:
+        if trainer.sanity_checking or self._metric not in trainer.callback_metrics:
             return
-        value = float(trainer.callback_metrics["validation_bpb"])
+        value = float(trainer.callback_metrics[self._metric])
         self.validated_step = trainer.global_step
-        if self.best is None or value < self.best:
+        if self.best is None or self._sign * value < self._sign * self.best:
             self.best, self.best_step = value, trainer.global_step
             self._save(trainer, self._run.best)
         self._after_step(trainer)

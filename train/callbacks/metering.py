@@ -21,6 +21,8 @@ class Metering(lightning.Callback):
     checkpoint, so a resumed run logs the rows that an uninterrupted one would have logged.
     """
 
+    speed = "bytes_per_second"
+
     def __init__(self) -> None:
         self.seconds = 0.0
         self.bytes = 0
@@ -53,7 +55,7 @@ class Metering(lightning.Callback):
         seconds = time.perf_counter() - self._begin
         # of packed documents the groups of processes have unequally many
         size, room = trainer.strategy.reduce(
-            torch.tensor([tokens_of(batch), getattr(batch, "capacity", 0)], device=pl_module.device), reduce_op="sum"
+            torch.tensor([self.size(batch), getattr(batch, "capacity", 0)], device=pl_module.device), reduce_op="sum"
         ).tolist()
         shared = trainer.world_size // replica(trainer)[1]
         size, room = size // shared, room // shared
@@ -72,13 +74,17 @@ class Metering(lightning.Callback):
             "train_loss": mean,
             "train_bpb": mean / math.log(2.0),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "bytes_per_second": round(self._since["bytes"] / max(self._since["seconds"], 1e-9)),
+            self.speed: round(self._since["bytes"] / max(self._since["seconds"], 1e-9)),
             "seconds": round(self.seconds, 3),
         }
         if self._since["room"]:
             self.packing = row["packing"] = self._since["bytes"] / self._since["room"]
         self._since = dict.fromkeys(self._since, 0)
         self._log(trainer, row)
+
+    def size(self, batch: Any) -> int:
+        """Bytes that a batch predicts."""
+        return tokens_of(batch)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """A row with the validation's result."""

@@ -91,13 +91,16 @@ class ProgressDisplay(lightning.Callback):
         words.append(f"{quantity(self._meter.recent_bytes_per_second)}B/s")
         if self._meter.packing is not None:
             words.append(f"{100.0 * self._meter.packing:.1f} % filled")
+        return "  ".join([*words, *self._left(step, total)])
+
+    def _left(self, step: int, total: int | None) -> list[str]:
         done = step - self._first[0]
         if total is None:
-            words.append("measuring the speed")
-        elif done > 0:
-            left = (time.monotonic() - self._first[1]) / done * (total - step)
-            words.append(f"{duration(left)} left")
-        return "  ".join(words)
+            return ["measuring the speed"]
+        if done == 0:
+            return []
+        left = (time.monotonic() - self._first[1]) / done * (total - step)
+        return [f"{duration(left)} left"]
 
 
 def quantity(value: float) -> str:
