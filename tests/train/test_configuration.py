@@ -90,7 +90,7 @@ def test_the_written_configuration_builds_the_same(tmp_path):
         (["--model.config.d_model", "abc"], "Expected a <class 'int'>. Got value: abc"),
         (["--model.config.d_model", "0"], "d_model must be at least 1, got 0"),
         (["--model.config.pattern", "min_gruu"], "no mixer 'min_gruu'; did you mean min_gru"),
-        (["--model.lr", "-1"], "lr must be at least 0.0, got -1"),
+        (["--model.lr", "-1"], "lr must be at least 0, got -1"),
         (["--model.config.vocab_size", "100"], "vocab_size of at least 256, got 100"),
         (["--model.config.max_positions", "8"], "max_positions must be at least data.context, 256, got 8"),
         (["--minutes", "0"], "minutes must be positive, got 0"),

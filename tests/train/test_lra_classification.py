@@ -154,7 +154,7 @@ def test_room_for_more_tokens_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"lr": -1.0}, "lr must be at least 0.0"), ({"warmup_steps": -1}, "warmup")]
+    ("options", "message"), [({"lr": -1.0}, "lr must be at least 0"), ({"warmup_steps": -1}, "warmup")]
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
