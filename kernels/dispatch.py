@@ -43,6 +43,8 @@ class Slot:
     def __init__(self) -> None:
         self.backend = _known(os.environ.get("SEQZOO_BACKEND") or None, "SEQZOO_BACKEND")
         self.checks = os.environ.get("SEQZOO_CHECK", "0") not in ("", "0")
+        # what answers the ops with a state while a mixer runs whose sequences lie on several ranks
+        self.parallel: Any = None
 
 
 def _known(name: str | None, source: str) -> str | None:

@@ -68,6 +68,8 @@ def causal_conv(
         >>> y.flatten().tolist(), final_state.flatten().tolist()
         ([1.0, 12.0, 23.0], [3.0])
     """
+    if slot.parallel is not None:
+        return slot.parallel.causal_conv(x, weight, bias, initial_state, activation, cu_seqlens)
     check_activation("x", x)
     check_rank("x", x, 3, "(B, T, D)")
     check_parameter("weight", weight, "x", x.dtype)

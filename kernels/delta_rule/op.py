@@ -78,6 +78,8 @@ def delta_rule(
         >>> o.flatten().tolist()
         [1.0, 2.0, 3.0]
     """
+    if slot.parallel is not None:
+        return slot.parallel.delta_rule(q, k, v, beta, log_decay, initial_state, scale, cu_seqlens)
     check_queries(q, k, v)
     batch, total, _, size = q.shape
     heads = v.shape[2]

@@ -59,6 +59,8 @@ def gated_scan(
         RuntimeError: If an implementation asked for by name cannot run; if it is differentiated twice, forward or under
             ``torch.func``, which ``backend("reference")`` allows.
     """
+    if slot.parallel is not None:
+        return slot.parallel.gated_scan(x, initial_state, cell, gate_range, reverse, cu_seqlens)
     check_activation("x", x)
     check_rank("x", x, 3, "(B, T, n D)")
     if cell not in CELLS:

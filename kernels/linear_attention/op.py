@@ -82,6 +82,8 @@ def linear_attention(
         >>> o.flatten().tolist()
         [1.0, 2.0, 3.0]
     """
+    if slot.parallel is not None:
+        return slot.parallel.linear_attention(q, k, v, log_decay, initial_state, scale, causal, cu_seqlens)
     check_queries(q, k, v)
     batch, total, _, size = q.shape
     heads = v.shape[2]

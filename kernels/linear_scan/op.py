@@ -70,6 +70,8 @@ def linear_scan(
         >>> h.flatten().tolist(), final_state.flatten().tolist()
         ([1.0, 1.5, 1.75], [1.75])
     """
+    if slot.parallel is not None:
+        return slot.parallel.linear_scan(a, b, initial_state, reverse, cu_seqlens)
     check_activation("b", b, REAL + COMPLEX)
     check_rank("b", b, 3, "(B, T, D)")
     check_parameter("a", a, "b", b.dtype)

@@ -92,6 +92,9 @@ def selective_scan(
         >>> [round(value, 4) for value in y.flatten().tolist()]
         [1.0, 1.3679, 1.5032]
     """
+    if slot.parallel is not None:
+        steps = {"transition": transition, "delta_softplus": delta_softplus}
+        return slot.parallel.selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, steps, cu_seqlens)
     if transition not in TRANSITIONS:
         raise ValueError(f"transition must be one of {', '.join(TRANSITIONS)}, got {transition!r}")
     check_activation("u", u)

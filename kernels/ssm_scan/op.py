@@ -77,6 +77,9 @@ def ssm_scan(
         >>> y.flatten(), state.flatten()
         (tensor([0.4000, 0.6400, 0.7840]), tensor([0.7840+0.j]))
     """
+    if slot.parallel is not None:
+        space = {"low_rank": low_rank, "discretisation": discretisation, "conjugate_pairs": conjugate_pairs}
+        return slot.parallel.ssm_scan(u, poles, b, c, step, initial_state, space, cu_seqlens)
     check_activation("u", u)
     check_rank("u", u, 3, "(B, T, D)")
     space = state_space(poles, b, c, step, low_rank, discretisation, conjugate_pairs)

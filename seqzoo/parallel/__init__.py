@@ -3,7 +3,9 @@
 from seqzoo.parallel.exchange import SequenceParallelError as SequenceParallelError
 from seqzoo.parallel.exchange import keep_exchanges as keep_exchanges
 from seqzoo.parallel.loss import next_tokens as next_tokens
+from seqzoo.parallel.parallelize import exchanges_of as exchanges_of
 from seqzoo.parallel.parallelize import parallelize as parallelize
+from seqzoo.parallel.parallelize import payload_bytes as payload_bytes
 from seqzoo.parallel.parallelize import sum_gradients as sum_gradients
 from seqzoo.parallel.pipeline import PipelineLoss as PipelineLoss
 from seqzoo.parallel.pipeline import split_stages as split_stages

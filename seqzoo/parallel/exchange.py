@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -85,19 +85,37 @@ def once_a_forward(compute: Callable[[], _Result]) -> _Result:
     Raises:
         SequenceParallelError: If a recomputation has kept nothing.
     """
+    return begin_once(lambda: compute)()
+
+
+def begin_once(start: Callable[[], Callable[[], _Result]]) -> Callable[[], _Result]:
+    """As :func:`once_a_forward`, for what goes on while something else is computed.
+
+    Args:
+        start: Begins to communicate, and returns what waits for the result. Between the two nothing else communicates.
+
+    Returns:
+        What waits for the result, to be called once.
+    """
     active = _recomputation
     if active.tape is not None and active.place is not None:
         active.place += 1
-        return _detached(active.tape[active.place - 1])
+        kept = _detached(active.tape[active.place - 1])
+        return lambda: kept
     if torch._C._current_graph_task_id() != -1:  # pyright: ignore - not declared
         raise SequenceParallelError(
             "activation checkpointing recomputes a mixer inside the backward pass, where other ranks do not answer; "
             "pass use_reentrant=False and context_fn=seqzoo.parallel.keep_exchanges to torch.utils.checkpoint"
         )
-    result = compute()
-    if active.tape is not None:
-        active.tape.append(_detached(result))
-    return result
+    finish, tape = start(), active.tape
+
+    def wait() -> _Result:
+        result = finish()
+        if tape is not None:
+            tape.append(_detached(result))
+        return result
+
+    return wait
 
 
 def _detached(result: Any) -> Any:
@@ -119,12 +137,21 @@ class Group:
         rank: This rank in it.
         size: Its ranks.
         name: Of the mesh dimension.
+        mirror: Whether rank 0 is the last of the process group.
     """
 
     handle: dist.ProcessGroup
     rank: int
     size: int
     name: str
+    mirror: bool = False
+
+    def mirrored(self) -> Group:
+        """The same ranks in the opposite order."""
+        return replace(self, rank=self.size - 1 - self.rank, mirror=not self.mirror)
+
+    def _true(self, rank: int) -> int:
+        return self.size - 1 - rank if self.mirror else rank
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self
@@ -136,7 +163,8 @@ class Group:
             yield
         except RuntimeError as error:
             raise SequenceParallelError(
-                f"{mixer} on rank {self.rank} of {self.size} of the group {self.name!r} could not {deed}: {error}. "
+                f"{mixer} on rank {self._true(self.rank)} of {self.size} of the group {self.name!r} could not {deed}: "
+                f"{error}. "
                 "Every rank must run the same calls, forward and backward, also one without tokens"
             ) from error
 
@@ -147,6 +175,39 @@ class Group:
         with self.guard(mixer, "gather the ranks' token counts"):
             dist.all_gather(found, own, group=self.handle)
         return torch.stack(found).tolist()
+
+    def all_gather(self, message: Tensor, mixer: str, what: str) -> Callable[[], list[Tensor]]:
+        """Begins to gather the messages of all ranks, equally long ones; returns what waits for them."""
+        found = [torch.empty_like(message) for _ in range(self.size)]
+        with self.guard(mixer, f"gather {what}"):
+            work = dist.all_gather(found, message, group=self.handle, async_op=True)
+        finish = self._waiting(work, mixer, f"gather {what}")
+
+        def wait() -> list[Tensor]:
+            finish()
+            return found[::-1] if self.mirror else found
+
+        return wait
+
+    def post(self, message: Tensor, target: int, mixer: str, what: str) -> Callable[[], None]:
+        """Begins to send a message; returns what waits until its memory may be written to."""
+        with self.guard(mixer, f"send {what} to rank {target}"):
+            work = dist.isend(message, group=self.handle, group_dst=self._true(target))
+        return self._waiting(work, mixer, f"send {what} to rank {target}")
+
+    def expect(self, message: Tensor, source: int, mixer: str, what: str) -> Callable[[], None]:
+        """Begins to receive a message into memory for it; returns what waits until it is there."""
+        with self.guard(mixer, f"receive {what} from rank {source}"):
+            work = dist.irecv(message, group=self.handle, group_src=self._true(source))
+        return self._waiting(work, mixer, f"receive {what} from rank {source}")
+
+    def _waiting(self, work: dist.Work | None, mixer: str, deed: str) -> Callable[[], None]:
+        def wait() -> None:
+            if work is not None:
+                with self.guard(mixer, deed):
+                    work.wait()
+
+        return wait
 
     def send(self, values: Sequence[Tensor], forms: Sequence[Form], target: int, mixer: str, what: str) -> None:
         """Sends tensors of the given forms as one message of bytes; where a form is open, its sizes go before."""
@@ -328,6 +389,11 @@ def _form(value: Tensor) -> Form:
 
 def _is_differentiable(form: Form) -> bool:
     return form[1].is_floating_point or form[1].is_complex
+
+
+def differentiable(value: Tensor) -> bool:
+    """Whether gradients exist for a tensor's dtype."""
+    return _is_differentiable(_form(value))
 
 
 def _spread(gradients: Sequence[Tensor], kinds: Sequence[bool]) -> list[Tensor | None]:

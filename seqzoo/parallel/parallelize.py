@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -19,24 +20,42 @@ from seqzoo.mixer import Mixed, SequenceMixer, State, join
 from seqzoo.models.backbone import Backbone
 from seqzoo.models.classifier import SequenceClassifier
 from seqzoo.models.language_model import LanguageModel
+from seqzoo.models.parallel_mixers import ParallelMixers
 from seqzoo.models.positions import LearnedPositions
 from seqzoo.modules.convolution import ConvolutionMixer
 from seqzoo.packing import Packing, check_form
 from seqzoo.parallel.exchange import Group, Wire, anchor_of, keeping, once_a_forward
 from seqzoo.parallel.loss import ParallelLoss, refuse_padding
+from seqzoo.parallel.ops import ParallelOps, answered_by, try_out
 from seqzoo.parallel.plan import Plan
+from seqzoo.parallel.transports import TRANSPORTS, Extent
 
-EXCHANGES = ("chain",)
+Exchange = Literal["chain", "allgather", "hillis_steele", "pipelined"]
+EXCHANGES = ("chain", *TRANSPORTS)
 # x, state, packing, whether the state is wanted
 Run = Callable[[Tensor, State | None, Packing | None, bool], Mixed]
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, *, exchange: Literal["chain"] = "chain") -> nn.Module:
+def parallelize(model: nn.Module, mesh: DeviceMesh, *, exchange: Exchange = "chain", strict: bool = False) -> nn.Module:
     """Switches every mixer of a model to sequences that lie on several ranks, in place.
 
-    The layers' code stays as it is. ``exchange="chain"`` hands the true state from rank to rank, and its gradient back:
-    LASP's ring (https://arxiv.org/abs/2404.02882), for whatever has a state. Ranks wait for those before them, so a
-    single layer takes as long as on one rank; it divides the memory of activations, and successive layers overlap.
+    The layers' code stays as it is. The exchanges give the same results:
+
+    * ``"chain"`` hands the true state from rank to rank, and its gradient back: LASP's ring
+      (https://arxiv.org/abs/2404.02882), for whatever has a state. Ranks wait for those before them, so a single layer
+      takes as long as on one rank; it divides the memory of activations, and successive layers overlap.
+    * ``"allgather"``: every rank sums up what its tokens do to the state, one gather tells all, and all run at the same
+      time ("LASP-2", https://arxiv.org/abs/2502.07563, for every op whose state is affine in it). One gather an op
+      forward, one backward, whose size does not depend on the length; see :func:`payload_bytes`. Making the summary
+      costs up to one forward pass of the op's more. While the gather runs, a rank whose first token begins a sequence
+      computes; the others wait for it.
+    * ``"hillis_steele"``: the same summaries in ``ceil(log2 P)`` rounds to single ranks, for many ranks.
+    * ``"pipelined"``: summaries likewise, and the state goes from rank to rank in parts ("ZeCO",
+      https://arxiv.org/abs/2507.01004), each rank receiving just its own.
+
+    A mixer exchanges summaries if its tokens meet one another in such ops alone, which a trial on a few tokens shows
+    when it is first called; softmax attention, kernels of any form and running maxima are none, and such mixers take
+    the chain. :func:`exchanges_of` says which one each mixer has, and why.
 
     Afterwards, in every outermost call, on all ranks alike:
 
@@ -67,6 +86,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, exchange: Literal["chain"
             states through to the mixers in it.
         mesh: One dimension, ``mesh["sequence_parallel"]``.
         exchange: How states come to the ranks.
+        strict: Whether a mixer that would take the chain instead is an error. The trial is then at once, so parameters
+            must not be on the meta device.
 
     Returns:
         The model.
@@ -75,7 +96,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, exchange: Literal["chain"
         TypeError: If the mesh is no DeviceMesh.
         ValueError: If the mesh has several dimensions; if the model has no mixer, is parallel already, or has one that
             cannot be: a mixer that neither is causal nor Bidirectional around one that is, batch norm, or a head that
-            pools over tokens.
+            pools over tokens; under ``strict`` if a mixer cannot do the exchange.
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
@@ -84,16 +105,27 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, exchange: Literal["chain"
     if mesh.ndim != 1:
         names = mesh.mesh_dim_names
         raise ValueError(f"mesh must have one dimension, as mesh['sequence_parallel'] has, got {mesh.ndim}: {names}")
-    mixers = outermost_mixers(model)
+    mixers = outermost_mixers(model, apart=exchange != "chain")
     check_parts(model, mixers)
+    choices = Choices(exchange)
+    if strict:
+        for part in itertools.chain.from_iterable(map(parts_of, mixers)):
+            reason = choices.obstacle(part, None)
+            if reason is not None:
+                raise ValueError(
+                    f"{type(part).__name__} cannot exchange by {exchange!r}: {reason}; use exchange='chain', or "
+                    "strict=False, with which it takes the chain while others do not"
+                )
     handle = mesh.get_group()
     name = mesh.mesh_dim_names[0] if mesh.mesh_dim_names else "sequence"
-    scope = Scope(Group(handle, dist.get_rank(handle), dist.get_world_size(handle), name))
+    scope = Scope(Group(handle, dist.get_rank(handle), dist.get_world_size(handle), name), choices)
     # a shared mixer occurs once
     for mixer in mixers:
         wrapper = ParallelBidirectional if isinstance(mixer, Bidirectional) else ParallelMixer
         mixer.forward = wrapper(mixer, scope).forward
     for part in model.modules():
+        if isinstance(part, ParallelMixers) and part not in mixers:
+            part.forward = ParallelParts(part, scope).forward
         if isinstance(part, LearnedPositions):
             part.forward = ParallelPositions(part, scope).forward
         if isinstance(part, Backbone | LanguageModel):
@@ -104,14 +136,107 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, exchange: Literal["chain"
     return model
 
 
-def outermost_mixers(model: nn.Module) -> list[SequenceMixer]:
-    """The mixers of a model that are not part of others, in order."""
-    if isinstance(model, SequenceMixer):
+def outermost_mixers(model: nn.Module, apart: bool = False) -> list[SequenceMixer]:
+    """The mixers of a model that are not part of others, in order; ``apart`` those of ParallelMixers each by itself."""
+    if isinstance(model, SequenceMixer) and not (apart and isinstance(model, ParallelMixers)):
         return [model]
     found: dict[int, SequenceMixer] = {}
     for child in model.children():
-        found |= {id(mixer): mixer for mixer in outermost_mixers(child)}
+        found |= {id(mixer): mixer for mixer in outermost_mixers(child, apart)}
     return list(found.values())
+
+
+def parts_of(mixer: SequenceMixer) -> tuple[SequenceMixer, ...]:
+    """The mixers whose states are exchanged: both of a Bidirectional, else the mixer itself."""
+    return (mixer.mixer, mixer.mixer_reverse) if isinstance(mixer, Bidirectional) else (mixer,)
+
+
+def exchanges_of(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """By the name of every parallel mixer in a model the exchange that it has, and why.
+
+    Without communication. Of a mixer that has not been called yet the trial is made, so its parameters must not be on
+    the meta device.
+
+    Raises:
+        ValueError: If nothing in the model is parallel.
+    """
+    choices = scope_of(model).choices
+    names = {id(part): name for name, part in model.named_modules()}
+    found = {}
+    for mixer in outermost_mixers(model, apart=choices.exchange != "chain"):
+        for part in parts_of(mixer):
+            reason = "asked for" if choices.exchange == "chain" else choices.obstacle(part, None)
+            exchange = choices.exchange if reason is None else "chain"
+            found[names[id(part)]] = exchange, reason or "its tokens meet in ops whose state is affine"
+    return found
+
+
+def payload_bytes(
+    mixer: SequenceMixer,
+    plan: Plan,
+    exchange: str = "allgather",
+    *,
+    batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+    final: bool = False,
+) -> tuple[int, int]:
+    """The bytes that a rank sends in one forward and in one backward pass of a mixer, whatever their receivers.
+
+    For every op a state, and forward a transition where a rank lies inside a sequence, each padded to 16 bytes: for an
+    elementwise scan a number a channel, for a selective one the sum of the steps, a sum of log decays of linear
+    attention (fixed ones none), a matrix a head of the delta rule, nothing for convolutions and state spaces that do
+    not depend on time. Nothing at all where no sequence goes over a cut. With ``final`` the states of all sequences
+    besides, and their gradients. In an all-gather a rank receives ``P - 1`` such messages.
+
+    Args:
+        mixer: With parameters that are not on the meta device; parallel or not.
+        plan: Of the tokens and this rank.
+        exchange: Any but the chain.
+        batch_size: Of dense sequences.
+        dtype: Of the inputs; the parameters' when omitted.
+        final: Whether the final state is asked for.
+
+    Raises:
+        ValueError: If the mixer cannot do the exchange, or there is none of that name.
+    """
+    if exchange not in TRANSPORTS:
+        raise ValueError(f"exchange must be one of {', '.join(TRANSPORTS)}, got {exchange!r}")
+    reason, calls = try_out(mixer, probe(mixer, batch_size if plan.bounds is None else 1, dtype))
+    if reason is not None:
+        raise ValueError(f"{type(mixer).__name__} cannot exchange by {exchange!r}: {reason}")
+    sizes = [TRANSPORTS[exchange].sent_bytes(Extent(plan, summary, final)) for summary in calls]
+    return sum(forward for forward, _ in sizes), sum(backward for _, backward in sizes)
+
+
+def probe(mixer: SequenceMixer, batch_size: int, dtype: torch.dtype | None) -> Tensor:
+    """An input without tokens, on the device of a mixer's parameters."""
+    weight = mixer._weight()
+    device = torch.device("cpu") if weight is None else weight.device
+    if device.type == "meta":
+        raise ValueError(f"the parameters of {type(mixer).__name__} are on the meta device; materialise them first")
+    kind = dtype or (torch.get_default_dtype() if weight is None else weight.dtype)
+    return torch.empty((batch_size, 0, mixer.d_model), dtype=kind, device=device)
+
+
+class Choices:
+    """Which mixers exchange summaries, by trial."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange: Exchange = exchange
+        self.reasons: dict[int, str | None] = {}
+
+    def obstacle(self, mixer: SequenceMixer, x: Tensor | None) -> str | None:
+        """Why a mixer takes the chain, or None.
+
+        Args:
+            mixer: The mixer.
+            x: Its input, if there is one.
+        """
+        if self.exchange == "chain":
+            return "asked for"
+        if id(mixer) not in self.reasons:
+            self.reasons[id(mixer)] = try_out(mixer, probe(mixer, 1, None) if x is None else x[:1, :0])[0]
+        return self.reasons[id(mixer)]
 
 
 def check_parts(model: nn.Module, mixers: list[SequenceMixer]) -> None:
@@ -143,8 +268,8 @@ def check_parts(model: nn.Module, mixers: list[SequenceMixer]) -> None:
 class Scope:
     """What the parts of one parallel model share: the ranks, and the plan of the outermost call that is running."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, group: Group, choices: Choices) -> None:
+        self.group, self.choices = group, choices
         self.plan: Plan | None = None
         self.packing: Packing | None = None
 
@@ -237,8 +362,48 @@ class ParallelMixer:
 
     def mix(self, plan: Plan, x: Tensor, state: State | None, return_state: bool) -> Mixed:
         """Runs the mixer between the ranks before and behind; the auxiliary loss is this rank's share."""
-        mixed = self.chain(self.mixer, ordinary(self.mixer), plan, x, state, return_state)
+        if self.scope.choices.obstacle(self.mixer, x) is None:
+            mixed = self.summed_up(self.mixer, bare(self.mixer), plan, x, state, return_state)
+        else:
+            mixed = self.chain(self.mixer, ordinary(self.mixer), plan, x, state, return_state)
         return mixed._replace(auxiliary=share(mixed.auxiliary, plan, x))
+
+    def summed_up(
+        self,
+        mixer: SequenceMixer,
+        run: Run,
+        plan: Plan,
+        x: Tensor,
+        state: State | None = None,
+        return_state: bool = False,
+        *,
+        reverse: bool = False,
+    ) -> Mixed:
+        """Runs a mixer whose ops exchange summaries; ``reverse`` on tokens, sequences and ranks turned round."""
+        group, packing = self.scope.group, self.scope.packing
+        if reverse:
+            group, plan = group.mirrored(), plan.mirrored()
+            packing = plan.packing(x.device)
+        dense, here = plan.bounds is None, plan.sequences
+        rows = x.shape[0] if dense else plan.n_sequences
+        spec = mixer.state_spec(rows, x.dtype)
+        counts = {key for key, (_, dtype) in spec.items() if not (dtype.is_floating_point or dtype.is_complex)}
+        given, after = state, {}
+        if counts:
+            # these count tokens, which the plan does too
+            given = dict(mixer.init_state(rows, device=x.device, dtype=x.dtype) if state is None else state)
+            for key in counts:
+                before = given[key]
+                after[key] = before + torch.tensor(plan.extent, device=x.device).diff()
+                start = before if dense else before[here.start : here.stop] if here else before.new_zeros(1)
+                first = torch.ones_like(start) if dense else (torch.arange(len(start), device=x.device) == 0).long()
+                given[key] = start + plan.offset * first
+        transport = TRANSPORTS[self.scope.choices.exchange]
+        with answered_by(ParallelOps(group, plan, packing, type(mixer).__name__, transport, return_state)):
+            mixed = run(x, given, packing, True)
+        if not return_state:
+            return mixed._replace(state=None)
+        return mixed._replace(state=select(mixed.state, slice(None), mixer) | after)
 
     def chain(
         self,
@@ -316,20 +481,58 @@ class ParallelBidirectional(ParallelMixer):
         both = cast("Bidirectional", self.mixer)
         first, second = both.mixer, both.mixer_reverse
         if both.joint and isinstance(first, ConvolutionMixer) and isinstance(second, ConvolutionMixer):
-            forward = self.chain(first, convolution(first), plan, x)
+            forward = self._there(first, convolution(first), plan, x)
             back = self._back(second, convolution(second), plan, x)
             return Mixed(first.map(x, forward.y + back.y, first.D + second.D), None, share(None, plan, x))
-        forward = self.chain(first, ordinary(first), plan, x)
+        forward = self._there(first, ordinary(first), plan, x)
         back = self._back(second, ordinary(second), plan, x)
         losses = [share(one.auxiliary, plan, x) for one in (forward, back)]
         return Mixed(both._merge(forward.y, back.y), None, losses[0] + losses[1])
 
+    def _there(self, mixer: SequenceMixer, run: Run, plan: Plan, x: Tensor) -> Mixed:
+        if self.scope.choices.obstacle(mixer, x) is None:
+            return self.summed_up(mixer, run if cast("Bidirectional", self.mixer).joint else bare(mixer), plan, x)
+        return self.chain(mixer, run, plan, x)
+
     def _back(self, mixer: SequenceMixer, run: Run, plan: Plan, x: Tensor) -> Mixed:
         packing = self.scope.packing
+        if self.scope.choices.obstacle(mixer, x) is None:
+            mixed = self.summed_up(
+                mixer, run if cast("Bidirectional", self.mixer).joint else bare(mixer), plan, x.flip(1), reverse=True
+            )
+            return mixed._replace(y=mixed.y.flip(1))
         turn = x.flip(1) if packing is None else x[:, packing.reversal()]
         mixed = self.chain(mixer, run, plan, turn, reverse=True)
         y = mixed.y.flip(1) if packing is None else mixed.y[:, packing.reversal()]
         return mixed._replace(y=y)
+
+
+class ParallelParts:
+    """Mixers side by side, of which each exchanges in its own way."""
+
+    def __init__(self, mixer: ParallelMixers, scope: Scope) -> None:
+        self.mixer, self.scope = mixer, scope
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        cu_seqlens: Tensor | Packing | Plan | None = None,
+        return_state: bool = False,
+        return_auxiliary: bool = False,
+    ) -> tuple[Tensor, State | None] | tuple[Tensor, State | None, Tensor]:
+        """As :meth:`ParallelMixer.forward`."""
+        mixer = self.mixer
+        mixer._check_input(x, 3, "(B, T, D)")
+        if state is not None or return_state:
+            mixer._refuse("state")
+        with self.scope.planned(type(mixer).__name__, x, cu_seqlens) as plan:
+            if state is not None:
+                mixer._check_state(state, x.shape[0] if plan.bounds is None else plan.n_sequences, x)
+            mixed = mixer.mix(x, state, self.scope.packing, return_state)
+        result = mixed.y, mixed.state
+        return (*result, cast("Tensor", mixed.auxiliary)) if return_auxiliary else result
 
 
 class ParallelPositions:
@@ -400,6 +603,15 @@ def ordinary(mixer: SequenceMixer) -> Run:
             mixer, x, state, cu_seqlens=packing, return_state=return_state, return_auxiliary=True
         )
         return Mixed(y, after, *losses)
+
+    return run
+
+
+def bare(mixer: SequenceMixer) -> Run:
+    """A mixer's own mixing, without the checks, which know one sort of states."""
+
+    def run(x: Tensor, state: State | None, packing: Packing | None, return_state: bool) -> Mixed:
+        return mixer.mix(x, state, packing, return_state)
 
     return run
 

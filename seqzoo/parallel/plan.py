@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -197,6 +197,31 @@ class Plan:
         if not self.continues_after:
             return None
         return next(rank for rank in range(self.rank + 1, self.size) if self.counts[rank])
+
+    # -- other ranks --
+
+    @cached_property
+    def views(self) -> tuple[Plan, ...]:
+        """The same plan as every rank sees it."""
+        return tuple(replace(self, rank=rank) for rank in range(self.size))
+
+    @property
+    def passes(self) -> bool:
+        """Whether what enters this rank goes through it: it has no tokens, or all are inside one sequence."""
+        return self.length == 0 or (self.continues_before and self.continues_after and len(self.sequences) == 1)
+
+    def shares(self, sequence: int) -> list[int]:
+        """The ranks that have tokens of a sequence, in order; of an empty one the holder."""
+        start, end = self.extent[sequence], self.extent[sequence + 1]
+        found = [rank for rank, (a, b) in enumerate(pairwise(self.cuts)) if max(a, start) < min(b, end)]
+        return found or [self.holder(sequence)]
+
+    def mirrored(self) -> Plan:
+        """The plan of the same tokens in the opposite order, in which the last rank is the first."""
+        bounds = None if self.bounds is None else tuple(self.total - place for place in reversed(self.bounds))
+        return Plan(self.counts[::-1], self.size - 1 - self.rank, bounds)
+
+    # -- this rank's part of its sequences --
 
     @property
     def offset(self) -> int:

@@ -22,8 +22,20 @@ from torch.utils.checkpoint import checkpoint
 from seqzoo import create
 from seqzoo.layers import Bidirectional
 from seqzoo.models import ClassifierConfig, LanguageModel, ModelConfig, SequenceClassifier
-from seqzoo.parallel import Plan, keep_exchanges, next_tokens, parallelize, sum_gradients
+from seqzoo.models.parallel_mixers import ParallelMixers
+from seqzoo.ops import linear_scan
+from seqzoo.parallel import (
+    Plan,
+    exchanges_of,
+    keep_exchanges,
+    next_tokens,
+    parallelize,
+    payload_bytes,
+    sum_gradients,
+)
 from seqzoo.parallel.exchange import Group
+from seqzoo.parallel.ops import ParallelOps, answered_by
+from seqzoo.parallel.transports import TRANSPORTS
 from seqzoo.testing import boundaries, differentiable, inputs, parameters_of, random_state, subjects
 
 # places of a cache that are given cotangents, more than any has
@@ -80,7 +92,10 @@ def results(
         plan = Plan.of(counts, rank, bounds)
         x, weight = plan.shard(x).contiguous(), plan.shard(weight)
     x.requires_grad_()
-    y, after, auxiliary = mixer(x, state, cu_seqlens=bounds, return_state=final, return_auxiliary=True)
+    # one process is the measure: a convolution is exact as a scan, which a state asks for, and by transforms less so
+    asked = final or (mesh is None and "state" not in mixer.limits)
+    y, after, auxiliary = mixer(x, state, cu_seqlens=bounds, return_state=asked, return_auxiliary=True)
+    after = after if final else None
     loss = (y * weight).sum()
     if label == "plain()":
         loss = loss + auxiliary
@@ -95,10 +110,16 @@ def results(
 
 
 @case
-def mixer(mesh: DeviceMesh, rank: int, label: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def mixer(
+    mesh: DeviceMesh, rank: int, label: str, cases: list[dict[str, Any]], exchange: str = "chain"
+) -> list[dict[str, Any]]:
     """Each case's results on this rank, as arrays."""
     return [
-        {name: value.numpy() for name, value in results(label, mesh, rank, mesh.size(), **one).items()} for one in cases
+        {
+            name: value.numpy()
+            for name, value in results(label, mesh, rank, mesh.size(), **one, exchange=exchange).items()
+        }
+        for one in cases
     ]
 
 
@@ -139,11 +160,18 @@ def tokens(segment: int, lengths: tuple[int, ...], packed: bool) -> tuple[torch.
     return ids, labels, bounds
 
 
-def train(mesh: DeviceMesh | None, rank: int, counts: list[tuple[int, ...]], packed: bool, recompute: bool) -> Any:
+def train(
+    mesh: DeviceMesh | None,
+    rank: int,
+    counts: list[tuple[int, ...]],
+    packed: bool,
+    recompute: bool,
+    exchange: str = "chain",
+) -> Any:
     """The loss of two segments of the same sequences and its gradients."""
     model = language_model()
     if mesh is not None:
-        parallelize(model, mesh)
+        parallelize(model, mesh, exchange=exchange)
     if recompute:
         for block in model.backbone.blocks:
             block.forward = recomputed(block.forward)
@@ -215,14 +243,21 @@ def logits(mesh: DeviceMesh, rank: int, counts: tuple[int, ...]) -> Any:
 
 @case
 def both_ways(
-    mesh: DeviceMesh, rank: int, mixer_name: str, options: dict[str, Any], same: bool, cases: list[Any]
+    mesh: DeviceMesh, rank: int, mixer_name: str, options: dict[str, Any], same: bool, cases: list[Any], exchange: str
 ) -> Any:
     """Bidirectional mixers, of which the suite's subjects have one."""
-    return [both(mesh, rank, mixer_name, options, same, *one) for one in cases]
+    return [both(mesh, rank, mixer_name, options, same, *one, exchange=exchange) for one in cases]
 
 
 def both(
-    mesh: DeviceMesh | None, rank: int, name: str, options: dict[str, Any], same: bool, counts: Any, lengths: Any
+    mesh: DeviceMesh | None,
+    rank: int,
+    name: str,
+    options: dict[str, Any],
+    same: bool,
+    counts: Any,
+    lengths: Any,
+    exchange: str = "chain",
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     one = create(name, d_model=16, **options)
@@ -231,7 +266,7 @@ def both(
     x = inputs((2 if lengths is None else 1, sum(counts), 16), torch.float64)
     weight = inputs(tuple(x.shape), torch.float64, seed=5)
     if mesh is not None:
-        parallelize(mixer, mesh)
+        parallelize(mixer, mesh, exchange=exchange)
         plan = Plan.of(counts, rank, bounds)
         x, weight = plan.shard(x).contiguous(), plan.shard(weight)
     x.requires_grad_()
@@ -244,15 +279,125 @@ def both(
     }
 
 
+def beside(
+    mesh: DeviceMesh | None, rank: int, counts: tuple[int, ...], lengths: Any, exchange: str = "chain"
+) -> dict[str, Any]:
+    """Mixers side by side, of which one exchanges summaries and one does not, from a state to a state."""
+    torch.manual_seed(0)
+    mixer = ParallelMixers([create("retnet", d_model=16, n_heads=2), create("attention", d_model=16, n_heads=2)])
+    mixer = mixer.double()
+    bounds = None if lengths is None else boundaries(lengths)
+    x = inputs((2 if lengths is None else 1, sum(counts), 16), torch.float64)
+    state = random_state(mixer, 2 if lengths is None else len(lengths), x)
+    if mesh is not None:
+        parallelize(mixer, mesh, exchange=exchange)
+        x = Plan.of(counts, rank, bounds).shard(x).contiguous()
+    x.requires_grad_()
+    y, after = mixer(x, state, cu_seqlens=bounds, return_state=True)
+    loss = y.square().sum()
+    if rank == 0:
+        loss = loss + after["0.S"].square().sum() + after["1.k"].square().sum()
+    loss.backward()
+    found = {f"gradient of {name}": parameter.grad for name, parameter in parameters_of(mixer).items()}
+    found |= {"y": y, "gradient of x": x.grad, "final 0.S": after["0.S"], "final 0.position": after["0.position"]}
+    return {name: value.detach().numpy() for name, value in found.items()}
+
+
 @case
-def messages(mesh: DeviceMesh, rank: int, gather: bool, counts: tuple[int, ...], lengths: Any, final: bool) -> Any:
+def side_by_side(mesh: DeviceMesh, rank: int, exchange: str, cases: list[Any]) -> Any:
+    return [beside(mesh, rank, *one, exchange) for one in cases]
+
+
+def reverse_scan(
+    mesh: DeviceMesh | None, rank: int, counts: tuple[int, ...], lengths: Any, exchange: str = "allgather"
+) -> dict[str, Any]:
+    """A scan from the last token to the first, which no mixer has."""
+    bounds = None if lengths is None else boundaries(lengths)
+    rows, batch = (2, 2) if lengths is None else (len(lengths), 1)
+    a, b, weight = inputs((3, batch, sum(counts), 4), torch.float64).unbind(0)
+    given = inputs((rows, 4), torch.float64, seed=2).requires_grad_()
+    a = a / (1 + a.abs())
+    if mesh is None:
+        a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+        h, final = linear_scan(a, b, given, reverse=True, cu_seqlens=bounds)
+    else:
+        plan = Plan.of(counts, rank, bounds)
+        a, b, weight = (plan.shard(value).clone() for value in (a, b, weight))
+        a.requires_grad_()
+        b.requires_grad_()
+        packing = plan.packing()
+        group = Group(mesh.get_group(), rank, mesh.size(), "sequence_parallel")
+        with answered_by(ParallelOps(group, plan, packing, "a scan", TRANSPORTS[exchange], True)):
+            h, final = linear_scan(a, b, given, reverse=True, cu_seqlens=packing)
+    loss = (h * weight).sum() + (final.square().sum() if rank == 0 else 0)
+    loss.backward()
+    found = {"y": h, "final": final, "gradient of a": a.grad, "gradient of b": b.grad}
+    # a rank that no sequence begins on has no share in it
+    found["gradient of given"] = torch.zeros_like(given) if given.grad is None else given.grad
+    return {name: value.detach().numpy() for name, value in found.items()}
+
+
+@case
+def turned_scan(mesh: DeviceMesh, rank: int, exchange: str, cases: list[Any]) -> Any:
+    return [reverse_scan(mesh, rank, *one, exchange) for one in cases]
+
+
+@case
+def payload(
+    mesh: DeviceMesh,
+    rank: int,
+    mixer_name: str,
+    options: dict[str, Any],
+    counts: tuple[int, ...],
+    lengths: Any,
+    final: bool,
+    exchange: str,
+) -> Any:
+    """Calls and bytes that a rank begins to send, forward and backward, and what the formula says."""
+    mixer = create(mixer_name, d_model=16, **options).double()
+    bounds = None if lengths is None else boundaries(lengths)
+    plan = Plan.of(counts, rank, bounds)
+    batch = 2 if lengths is None else 1
+    formula = payload_bytes(mixer, plan, exchange, batch_size=batch, final=final)
+    parallelize(mixer, mesh, exchange=exchange, strict=True)
+    sent: Counter[str] = Counter()
+    direction = "forward"
+
+    def weighing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(group: Group, message: torch.Tensor, *arguments: Any) -> Any:
+            sent[f"calls {direction}"] += 1
+            sent[f"bytes {direction}"] += message.numel()
+            return function(group, message, *arguments)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("all_gather", "post"):
+            patch.setattr(Group, method, weighing(getattr(Group, method)))
+        y, after = mixer(inputs((batch, counts[rank], 16), torch.float64), cu_seqlens=plan, return_state=final)
+        loss = y.sum() + sum(value.sum() for value in (after or {}).values())
+        direction = "backward"
+        loss.backward()
+    return dict(sent), formula
+
+
+@case
+def messages(
+    mesh: DeviceMesh,
+    rank: int,
+    gather: bool,
+    counts: tuple[int, ...],
+    lengths: Any,
+    final: bool,
+    exchange: str = "chain",
+) -> Any:
     """How often a training step of one mixer calls what communicates."""
-    mixer = parallelize(create("min_gru", d_model=16).double(), mesh)
+    mixer = parallelize(create("min_gru", d_model=16).double(), mesh, exchange=exchange)
     bounds = boundaries(lengths)
     given = bounds if gather else Plan.of(counts, rank, bounds)
     calls: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("gather", "send", "receive", "broadcast", "add_up"):
+        for name in ("gather", "send", "receive", "broadcast", "add_up", "all_gather", "post", "expect"):
             patch.setattr(Group, name, counted(getattr(Group, name), name, calls))
         y, _ = mixer(inputs((1, counts[rank], 16), torch.float64), cu_seqlens=given, return_state=final)
         y.sum().backward()
@@ -268,9 +413,9 @@ def counted(function: Callable[..., Any], name: str, calls: Counter[str]) -> Cal
 
 
 @case
-def some_gradients(mesh: DeviceMesh, rank: int, counts: tuple[int, ...], frozen: bool) -> Any:
+def some_gradients(mesh: DeviceMesh, rank: int, counts: tuple[int, ...], frozen: bool, exchange: str) -> Any:
     """Backward where few tensors have gradients: the outputs of one rank, or nothing but the inputs of one."""
-    mixer = parallelize(create("mamba", d_model=16, d_state=2).double(), mesh)
+    mixer = parallelize(create("mamba", d_model=16, d_state=2).double(), mesh, exchange=exchange)
     if frozen:
         mixer.requires_grad_(False)
     x = inputs((1, sum(counts), 16), torch.float64)
@@ -283,7 +428,7 @@ def some_gradients(mesh: DeviceMesh, rank: int, counts: tuple[int, ...], frozen:
 
 
 @case
-def narrow(mesh: DeviceMesh, rank: int, label: str, autocast: bool) -> dict[str, float]:
+def narrow(mesh: DeviceMesh, rank: int, label: str, autocast: bool, exchange: str) -> dict[str, float]:
     """Errors over the largest exact value, in bfloat16 or under autocast, of this rank and of one process."""
     counts, lengths = (4, 0, 9), (1, 8, 0, 4)
     bounds = boundaries(lengths)
@@ -297,7 +442,7 @@ def narrow(mesh: DeviceMesh, rank: int, label: str, autocast: bool) -> dict[str,
         source = x.to(dtype, copy=True).requires_grad_()
         given = plan.shard(source) if parallel else source
         if parallel:
-            parallelize(mixer, mesh)
+            parallelize(mixer, mesh, exchange=exchange)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype != torch.float64):
             y, after = mixer(given, state, cu_seqlens=bounds, return_state=True)
         # one rank gives the state its cotangent
@@ -331,8 +476,8 @@ def without_residuals(mesh: DeviceMesh, rank: int, counts: tuple[int, ...]) -> N
 
 
 @case
-def plain_checkpoint(mesh: DeviceMesh, rank: int) -> None:
-    mixer = parallelize(create("min_gru", d_model=16).double(), mesh)
+def plain_checkpoint(mesh: DeviceMesh, rank: int, exchange: str) -> None:
+    mixer = parallelize(create("min_gru", d_model=16).double(), mesh, exchange=exchange)
     x = inputs((1, 3, 16), torch.float64).requires_grad_()
     y, _ = checkpoint(mixer, x, use_reentrant=False)
     y.sum().backward()
@@ -354,6 +499,16 @@ def refusals(mesh: DeviceMesh, rank: int) -> None:
         parallelize(torch.nn.Linear(2, 2), mesh)
     with pytest.raises(ValueError, match="exchange must be one of"):
         parallelize(create("min_gru", d_model=16), mesh, exchange="ring")
+    with pytest.raises(
+        ValueError, match=r"Attention cannot exchange by 'allgather': its tokens .* use exchange='chain'"
+    ):
+        parallelize(language_model(), mesh, exchange="allgather", strict=True)
+    with pytest.raises(ValueError, match="MixtureOfMemories cannot exchange by 'pipelined': it takes hard decisions"):
+        payload_bytes(create("mixture_of_memories", d_model=16), Plan.of([1], 0), "pipelined")
+    with pytest.raises(ValueError, match="MinGRU are on the meta device"), torch.device("meta"):
+        payload_bytes(create("min_gru", d_model=16), Plan.of([1], 0))
+    with pytest.raises(ValueError, match="exchange must be one of allgather, hillis_steele, pipelined, got 'chain'"):
+        payload_bytes(create("min_gru", d_model=16), Plan.of([1], 0), "chain")
     with pytest.raises(TypeError, match="mesh must be a DeviceMesh, got ProcessGroup"):
         parallelize(create("min_gru", d_model=16), mesh.get_group())
     with pytest.raises(ValueError, match="nothing in MinGRU is parallel"):
@@ -361,6 +516,10 @@ def refusals(mesh: DeviceMesh, rank: int) -> None:
     model = parallelize(language_model(), mesh)
     with pytest.raises(ValueError, match="is parallel already"):
         parallelize(model, mesh)
+    assert {exchange for exchange, _ in exchanges_of(model).values()} == {"chain"}
+    summed = parallelize(language_model(), mesh, exchange="allgather")
+    assert [exchange for exchange, _ in exchanges_of(summed).values()] == ["allgather", "chain", "allgather", "chain"]
+    assert "earlier ones" in exchanges_of(summed)["backbone.blocks.1.mixer"][1]
     copied = copy.deepcopy(model)
     mixer = copied.backbone.blocks[0].mixer
     assert mixer.forward.__self__.mixer is mixer

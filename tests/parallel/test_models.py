@@ -20,12 +20,21 @@ def close(found: np.ndarray, exact: np.ndarray) -> bool:
     return found.shape == exact.shape and bool(np.abs(found - exact).max() <= 1e-10 * (np.abs(exact).max() or 1.0))
 
 
+EXCHANGES = [
+    "chain",
+    "allgather",
+    *(pytest.param(one, marks=pytest.mark.slow) for one in ("hillis_steele", "pipelined")),
+]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_training_through_two_segments(pool, size: int, packed: bool, recompute: bool):
+def test_training_through_two_segments(pool, size: int, packed: bool, recompute: bool, exchange: str):
     exact = ranks["train"](None, 0, COUNTS[size], packed, False)
-    for found in pool.call("training", size, counts=COUNTS[size], packed=packed, recompute=recompute):
+    given = {"counts": COUNTS[size], "packed": packed, "recompute": recompute, "exchange": exchange}
+    for found in pool.call("training", size, **given):
         assert found.keys() == exact.keys()
         for name, value in exact.items():
             assert close(found[name], value), name
