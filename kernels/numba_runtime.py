@@ -27,6 +27,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import types
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -54,7 +55,7 @@ _setup, _calls = threading.RLock(), threading.RLock()
 
 def function(body: Callable[..., Any]) -> Any:
     """Compiles a function that kernels call into each of them."""
-    return _numba().njit(**_OPTIONS)(body)
+    return _numba().njit(**_OPTIONS)(_named(body))
 
 
 def reduction(body: Callable[..., Any]) -> Any:
@@ -63,7 +64,22 @@ def reduction(body: Callable[..., Any]) -> Any:
     The compiler settles that order, so the bits stay the same; a function that relies on rounding (``exp``) does not
     belong into one.
     """
-    return _numba().njit(**_OPTIONS | {"fastmath": {"contract", "reassoc"}})(body)
+    return _numba().njit(**_OPTIONS | {"fastmath": {"contract", "reassoc"}})(_named(body))
+
+
+def _named(body: Callable[..., Any], *words: str) -> Any:
+    """A copy of a function whose name tells what it is made of.
+
+    Numba's symbols are made of the name and a number that counts the compilations of one process. Two functions of one
+    name, compiled by two processes, may have one symbol; a process that loads both from the disk calls one of them in
+    place of the other.
+    """
+    cells = [cell.cell_contents for cell in body.__closure__ or ()]
+    held = [getattr(getattr(one, "py_func", one), "__qualname__", repr(one)) for one in cells]
+    copy = types.FunctionType(body.__code__, body.__globals__, body.__name__, body.__defaults__, body.__closure__)
+    copy.__module__, copy.__doc__, copy.__kwdefaults__ = body.__module__, body.__doc__, body.__kwdefaults__
+    copy.__qualname__ = "__".join((body.__qualname__, *held, *words))
+    return copy
 
 
 def kernel(body: Callable[..., Any]) -> Kernel:
@@ -224,9 +240,11 @@ def _numba() -> Any:
 
 
 def _dispatcher(body: Callable[..., Any], parallel: bool) -> Any:
+    variant = "parallel" if parallel else "serial"
+    body = _named(body, variant)
     dispatcher = _numba().njit(parallel=parallel, **_OPTIONS)(body)
     from seqzoo.kernels.numba_cache import attach_cache
 
     with _setup:
-        attach_cache(dispatcher, body, "parallel" if parallel else "serial")
+        attach_cache(dispatcher, body, variant)
     return dispatcher

@@ -292,6 +292,31 @@ def test_processes_that_compile_at_once_share_the_cache(tmp_path: Path):
     assert run(STATISTICS, **cache).split("\n") == [*["1 0"] * 4, "True"]
 
 
+COLLISION = """
+import itertools
+from numba.core.bytecode import FunctionIdentity
+# the number that tells functions of one name apart counts what a process has compiled: let all processes agree
+FunctionIdentity._unique_ids = itertools.repeat(5000)
+for shape in {shapes}:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(size, generator=generator, dtype=torch.float64).requires_grad_() for size in (shape, (2, 9, 8)))
+    found = []
+    for name in ("cpu", "reference"):
+        with backend(name):
+            h, _ = linear_scan(a, b)
+            found.append(torch.autograd.grad(h.square().sum(), (a, b)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+print("right")
+"""
+
+
+def test_functions_of_one_name_that_processes_have_compiled_apart(tmp_path: Path):
+    cache = {"SEQZOO_CACHE": str(tmp_path)}
+    for shapes in ([(2, 9, 8)], [(8,)], [(2, 9, 8), (8,)]):
+        assert run(COLLISION.format(shapes=shapes), **cache) == "right"
+
+
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path):
     obstacle = tmp_path / "file"
     obstacle.write_text("not a folder")
