@@ -28,6 +28,7 @@ GUARANTEES = {
     "G1": "modes agree",
     "G2": "state in and out, with gradients",
     "G3": "packing",
+    "G4": "sequence parallel",
     "G5": "CPU and GPU",
     "G6": "compiles",
     "G7": "deterministic",

@@ -85,8 +85,8 @@ class AttentionMixer(SequenceMixer):
         """What attention is told beside its tensors."""
         return {"sinks": self.sinks, "logit_cap": self.logit_cap}
 
-    def mix(self, x: Tensor, state: State | None, packing: Packing | None, return_state: bool) -> Mixed:
-        """Projects, rotates, attends, projects."""
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(B, T, D)`` to q ``(B, T, H, K)`` and k, v ``(B, T, G, K)``, normalised and rotated by positions."""
         heads, groups = self.n_heads, self.n_kv_heads
         qk, v = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).split([heads + groups, groups], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -94,8 +94,13 @@ class AttentionMixer(SequenceMixer):
             qk = torch.cat((_normalised(q, self.q_norm), _normalised(k, self.k_norm)), dim=2)
         if self.rotary is not None:
             # at a token that is decoded the calls cost more than their work
-            qk = self.rotary(qk, count_positions(x, None if state is None else state["length"], packing)[0])
+            qk = self.rotary(qk, positions)
         q, k = qk.split([heads, groups], dim=2)
+        return q, k, v
+
+    def mix(self, x: Tensor, state: State | None, packing: Packing | None, return_state: bool) -> Mixed:
+        """Projects, rotates, attends, projects."""
+        q, k, v = self.project(x, count_positions(x, None if state is None else state["length"], packing)[0])
         if state is None and not return_state:
             return Mixed(self.out_proj(self.attend(q, k, v, None, packing, False)[0].flatten(2)))
         # under autocast the projections are narrower than x, whose dtype the state has: a cache is never converted

@@ -6,7 +6,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 from zlib import crc32
 
 import torch
@@ -22,8 +22,11 @@ from seqzoo.models.classifier import SequenceClassifier
 from seqzoo.models.language_model import LanguageModel
 from seqzoo.models.parallel_mixers import ParallelMixers
 from seqzoo.models.positions import LearnedPositions
+from seqzoo.modules.attention import AttentionMixer
 from seqzoo.modules.convolution import ConvolutionMixer
+from seqzoo.modules.positions import count_positions
 from seqzoo.packing import Packing, check_form
+from seqzoo.parallel.attention import Method, head_ranks_of, parallel_attention, parallel_state
 from seqzoo.parallel.exchange import Group, Wire, anchor_of, keeping, once_a_forward
 from seqzoo.parallel.loss import ParallelLoss, refuse_padding
 from seqzoo.parallel.ops import ParallelOps, answered_by, try_out
@@ -32,11 +35,20 @@ from seqzoo.parallel.transports import TRANSPORTS, Extent
 
 Exchange = Literal["chain", "allgather", "hillis_steele", "pipelined"]
 EXCHANGES = ("chain", *TRANSPORTS)
+ATTENTION = ("chain", *get_args(Method))
 # x, state, packing, whether the state is wanted
 Run = Callable[[Tensor, State | None, Packing | None, bool], Mixed]
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, *, exchange: Exchange = "chain", strict: bool = False) -> nn.Module:
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    exchange: Exchange = "chain",
+    attention: Literal["chain", "allgather", "ulysses", "ring", "usp"] = "chain",
+    head_ranks: int | None = None,
+    strict: bool = False,
+) -> nn.Module:
     """Switches every mixer of a model to sequences that lie on several ranks, in place.
 
     The layers' code stays as it is. The exchanges give the same results:
@@ -55,7 +67,9 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, exchange: Exchange = "cha
 
     A mixer exchanges summaries if its tokens meet one another in such ops alone, which a trial on a few tokens shows
     when it is first called; softmax attention, kernels of any form and running maxima are none, and such mixers take
-    the chain. :func:`exchanges_of` says which one each mixer has, and why.
+    the chain. :func:`exchanges_of` says which one each mixer has, and why. Attention and SlidingWindowAttention have
+    ways of their own, of :func:`parallel_attention`: keys and values gathered (LASP-2H), heads divided (Ulysses), a
+    ring, or heads and ring; with one of these attention may also see later tokens.
 
     Afterwards, in every outermost call, on all ranks alike:
 
@@ -86,6 +100,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, exchange: Exchange = "cha
             states through to the mixers in it.
         mesh: One dimension, ``mesh["sequence_parallel"]``.
         exchange: How states come to the ranks.
+        attention: How softmax attention runs.
+        head_ranks: For ``"usp"``, how many ranks share the heads; None means as many as can.
         strict: Whether a mixer that would take the chain instead is an error. The trial is then at once, so parameters
             must not be on the meta device.
 
@@ -96,7 +112,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, exchange: Exchange = "cha
         TypeError: If the mesh is no DeviceMesh.
         ValueError: If the mesh has several dimensions; if the model has no mixer, is parallel already, or has one that
             cannot be: a mixer that neither is causal nor Bidirectional around one that is, batch norm, or a head that
-            pools over tokens; under ``strict`` if a mixer cannot do the exchange.
+            pools over tokens; if so many ranks cannot share the heads; under ``strict`` if a mixer cannot do the
+            exchange.
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
@@ -105,12 +122,13 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, exchange: Exchange = "cha
     if mesh.ndim != 1:
         names = mesh.mesh_dim_names
         raise ValueError(f"mesh must have one dimension, as mesh['sequence_parallel'] has, got {mesh.ndim}: {names}")
-    mixers = outermost_mixers(model, apart=exchange != "chain")
-    check_parts(model, mixers)
-    choices = Choices(exchange)
+    choices = Choices(exchange, attention, head_ranks)
+    mixers = outermost_mixers(model, apart=choices.apart)
+    check_parts(model, mixers, choices)
+    choices.check_heads(mixers, mesh.size())
     if strict:
         for part in itertools.chain.from_iterable(map(parts_of, mixers)):
-            reason = choices.obstacle(part, None)
+            reason = None if choices.attends(part) else choices.obstacle(part, None)
             if reason is not None:
                 raise ValueError(
                     f"{type(part).__name__} cannot exchange by {exchange!r}: {reason}; use exchange='chain', or "
@@ -163,8 +181,11 @@ def exchanges_of(model: nn.Module) -> dict[str, tuple[str, str]]:
     choices = scope_of(model).choices
     names = {id(part): name for name, part in model.named_modules()}
     found = {}
-    for mixer in outermost_mixers(model, apart=choices.exchange != "chain"):
+    for mixer in outermost_mixers(model, apart=choices.apart):
         for part in parts_of(mixer):
+            if part is mixer and choices.attends(part):
+                found[names[id(part)]] = choices.attention, "asked for"
+                continue
             reason = "asked for" if choices.exchange == "chain" else choices.obstacle(part, None)
             exchange = choices.exchange if reason is None else "chain"
             found[names[id(part)]] = exchange, reason or "its tokens meet in ops whose state is affine"
@@ -219,11 +240,32 @@ def probe(mixer: SequenceMixer, batch_size: int, dtype: torch.dtype | None) -> T
 
 
 class Choices:
-    """Which mixers exchange summaries, by trial."""
+    """Which mixers exchange summaries, by trial, and how attention runs."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, attention: str = "chain", head_ranks: int | None = None) -> None:
+        if attention not in ATTENTION:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
         self.exchange: Exchange = exchange
+        self.attention, self.head_ranks = attention, head_ranks
         self.reasons: dict[int, str | None] = {}
+
+    @property
+    def apart(self) -> bool:
+        """Whether mixers that stand beside one another in a block may have different exchanges."""
+        return (self.exchange, self.attention) != ("chain", "chain")
+
+    def attends(self, mixer: SequenceMixer) -> bool:
+        """Whether a mixer runs as attention over all ranks."""
+        return self.attention != "chain" and isinstance(mixer, AttentionMixer)
+
+    def check_heads(self, mixers: list[SequenceMixer], size: int) -> None:
+        """Raises ValueError unless so many ranks can share the heads of all attention."""
+        for mixer in mixers:
+            if isinstance(mixer, AttentionMixer) and self.attends(mixer):
+                try:
+                    head_ranks_of(self.attention, self.head_ranks, size, mixer.n_heads)
+                except ValueError as error:
+                    raise ValueError(f"{type(mixer).__name__} cannot run by {self.attention!r}: {error}") from error
 
     def obstacle(self, mixer: SequenceMixer, x: Tensor | None) -> str | None:
         """Why a mixer takes the chain, or None.
@@ -239,7 +281,7 @@ class Choices:
         return self.reasons[id(mixer)]
 
 
-def check_parts(model: nn.Module, mixers: list[SequenceMixer]) -> None:
+def check_parts(model: nn.Module, mixers: list[SequenceMixer], choices: Choices) -> None:
     """Raises ValueError if a part of a model has no parallel form."""
     if not mixers:
         raise ValueError(f"{type(model).__name__} has no mixer to be run in parallel")
@@ -248,10 +290,11 @@ def check_parts(model: nn.Module, mixers: list[SequenceMixer]) -> None:
             raise ValueError(f"{type(mixer).__name__} is parallel already; parallelize the outermost module once")
         parts = (mixer.mixer, mixer.mixer_reverse) if isinstance(mixer, Bidirectional) else (mixer,)
         for part in parts:
-            if "state" in part.limits:
+            if "state" in part.limits and not (part is mixer and choices.attends(part)):
+                ways = ", attention='allgather' or another" if isinstance(part, AttentionMixer) else ""
                 raise ValueError(
                     f"{type(part).__name__} has no state that could go from rank to rank: {part.limits['state']}. Use "
-                    "a causal mixer, or Bidirectional around one"
+                    f"a causal mixer, or Bidirectional around one{ways}"
                 )
     for part in model.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
@@ -362,11 +405,47 @@ class ParallelMixer:
 
     def mix(self, plan: Plan, x: Tensor, state: State | None, return_state: bool) -> Mixed:
         """Runs the mixer between the ranks before and behind; the auxiliary loss is this rank's share."""
-        if self.scope.choices.obstacle(self.mixer, x) is None:
+        if self.scope.choices.attends(self.mixer):
+            mixed = self.attended(cast("AttentionMixer", self.mixer), plan, x, state, return_state)
+        elif self.scope.choices.obstacle(self.mixer, x) is None:
             mixed = self.summed_up(self.mixer, bare(self.mixer), plan, x, state, return_state)
         else:
             mixed = self.chain(self.mixer, ordinary(self.mixer), plan, x, state, return_state)
         return mixed._replace(auxiliary=share(mixed.auxiliary, plan, x))
+
+    def attended(self, mixer: AttentionMixer, plan: Plan, x: Tensor, state: State | None, return_state: bool) -> Mixed:
+        """Runs softmax attention over the tokens of all ranks."""
+        packing, here = self.scope.packing, plan.sequences
+        rows = x.shape[0] if packing is None else packing.n_sequences
+        start = torch.zeros(rows, dtype=torch.int64, device=x.device)
+        if state is not None and (packing is None or here):
+            start = start + (state["length"] if packing is None else state["length"][here.start : here.stop])
+        # of packed sequences the first alone may have begun on another rank
+        first = torch.ones_like(start) if packing is None else (torch.arange(rows, device=x.device) == 0).long()
+        q, k, v = mixer.project(x, count_positions(x, start + plan.offset * first, packing)[0])
+        if state is not None:
+            q, k, v = (one.to(x.dtype) for one in (q, k, v))
+        group, name = self.scope.group, type(mixer).__name__
+        choices, window = self.scope.choices, getattr(mixer, "window", None)
+        o, _ = parallel_attention(
+            group,
+            plan,
+            q,
+            k,
+            v,
+            state,
+            method=cast("Any", choices.attention),
+            head_ranks=choices.head_ranks,
+            causal=getattr(mixer, "causal", True),
+            window=window,
+            mixer=name,
+            **mixer.options(),
+        )
+        after = None
+        if return_state:
+            o, after = parallel_state(group, plan, o, k, v, state, window=window, mixer=name)
+            after = {key: value if key == "length" else value.to(x.dtype) for key, value in after.items()}
+        return Mixed(mixer.out_proj(o.flatten(2)), after)
 
     def summed_up(
         self,

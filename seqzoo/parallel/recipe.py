@@ -21,7 +21,7 @@ from seqzoo.models.block import Block
 from seqzoo.models.language_model import LanguageModel
 from seqzoo.modules.linear_cross_entropy import IGNORED
 from seqzoo.parallel.exchange import Group, keep_exchanges, once_a_forward
-from seqzoo.parallel.parallelize import parallelize
+from seqzoo.parallel.parallelize import Exchange, parallelize
 
 DIMENSIONS = ("data_parallel", "sequence_parallel")
 PARAMETERS = ("sharded", "replicated")
@@ -67,7 +67,8 @@ def shard_model(
     mesh: DeviceMesh,
     *,
     parameters: Literal["sharded", "replicated"] = "sharded",
-    exchange: Literal["chain"] = "chain",
+    exchange: Exchange = "chain",
+    attention: Literal["chain", "allgather", "ulysses", "ring", "usp"] = "chain",
 ) -> nn.Module:
     """Makes a model train on several sequences at once, each of which lies on several ranks, in place.
 
@@ -106,7 +107,7 @@ def shard_model(
         mesh: Two dimensions, ``"data_parallel"`` and ``"sequence_parallel"``, as :func:`training_mesh` makes it; either
             may be of size 1.
         parameters: ``"sharded"`` (FSDP2) or ``"replicated"`` (DistributedDataParallel; a LanguageModel's loss alone).
-        exchange: As of :func:`parallelize`.
+        exchange: As of :func:`parallelize`, like ``attention``.
 
     Returns:
         The model.
@@ -127,7 +128,7 @@ def shard_model(
         names = "a LanguageModel" if parameters == "replicated" else "a LanguageModel or a Backbone"
         raise TypeError(f"parameters={parameters!r} takes {names}, got {type(model).__name__}")
     check_dtypes(model)
-    parallelize(model, mesh["sequence_parallel"], exchange=exchange)
+    parallelize(model, mesh["sequence_parallel"], exchange=exchange, attention=attention)
     backbone = model.backbone if isinstance(model, LanguageModel) else model
     for block in backbone.blocks:
         copied = parameters == "sharded" and mesh.device_type == "cpu"

@@ -75,7 +75,7 @@ def results(
     lengths: tuple[int, ...] | None,
     given: bool,
     final: bool,
-    exchange: str = "chain",
+    **ways: Any,
 ) -> dict[str, torch.Tensor]:
     """Outputs, final state and gradients of one rank, or with no mesh of one process with all the tokens."""
     mixer = next(one for one in subjects() if one.label == label).make()
@@ -88,7 +88,7 @@ def results(
     weight = inputs((batch, total, 16), torch.float64, seed=5)
     bounds = None if lengths is None else boundaries(lengths)
     if mesh is not None:
-        parallelize(mixer, mesh, exchange=exchange)
+        parallelize(mixer, mesh, **ways)
         plan = Plan.of(counts, rank, bounds)
         x, weight = plan.shard(x).contiguous(), plan.shard(weight)
     x.requires_grad_()
@@ -110,15 +110,10 @@ def results(
 
 
 @case
-def mixer(
-    mesh: DeviceMesh, rank: int, label: str, cases: list[dict[str, Any]], exchange: str = "chain"
-) -> list[dict[str, Any]]:
+def mixer(mesh: DeviceMesh, rank: int, label: str, cases: list[dict[str, Any]], **ways: Any) -> list[dict[str, Any]]:
     """Each case's results on this rank, as arrays."""
     return [
-        {
-            name: value.numpy()
-            for name, value in results(label, mesh, rank, mesh.size(), **one, exchange=exchange).items()
-        }
+        {name: value.numpy() for name, value in results(label, mesh, rank, mesh.size(), **one, **ways).items()}
         for one in cases
     ]
 

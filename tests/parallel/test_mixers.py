@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from seqzoo.layers import Bidirectional
 from seqzoo.mixer import Mixed, SequenceMixer
+from seqzoo.modules.attention import AttentionMixer
 from seqzoo.ops import linear_scan
 from seqzoo.parallel.ops import try_out
 from seqzoo.parallel.parallelize import parts_of
@@ -112,6 +113,31 @@ def test_ranks_give_what_one_process_gives(pool, subject: Subject, exchange: str
     skip = ("auxiliary",) if subject.label.startswith("mixture_of_memories") else ()
     for index, exact in enumerate(wanted):
         compare([one[index] for one in found], exact, skip)
+
+
+def attentions() -> list[Any]:
+    """Subjects that are softmax attention, ways and numbers of ranks."""
+    found = []
+    for one in subjects():
+        mixer = one.make()
+        if not isinstance(mixer, AttentionMixer):
+            continue
+        for way, size in itertools.product(("allgather", "ulysses", "ring", "usp"), (2, 3, 4)):
+            if way == "ulysses" and mixer.n_heads % size:
+                continue
+            fast = size == (2 if way == "ulysses" else 3)
+            marks = [] if fast else [pytest.mark.slow]
+            found.append(pytest.param(one, way, size, id=f"{one.label}-{way}-{size}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("subject", "way", "size"), attentions())
+def test_attention_over_all_ranks_gives_what_one_process_gives(pool, subject: Subject, way: str, size: int):
+    keeps_state = "state" not in subject.make().limits
+    wanted = expected(subject.label, size, keeps_state)
+    found = pool.call("mixer", size, label=subject.label, cases=cases(size, keeps_state), attention=way)
+    for index, exact in enumerate(wanted):
+        compare([one[index] for one in found], exact)
 
 
 # what takes the chain whatever is asked for: softmax, kernels of any form, running maxima, hard decisions, own loops
