@@ -2,8 +2,8 @@
 
 What runs without ``--slow`` is what tells something new:
 
-* a mixer that speaks for an op (:func:`seqzoo.testing.subjects`): everything but float32 on interpreted GPU kernels, of
-  which packing is run, with its states and gradients;
+* a mixer that speaks for an op (:func:`seqzoo.testing.subjects`): everything but float32 on interpreted GPU kernels,
+  which the ops' own tests run packed, with states and gradients;
 * the first variant of any other: the chunked implementation in float64, the CPU's in float32, one compiled graph;
 * further variants: the chunked implementation in float64, and what does not depend on the implementation.
 """
@@ -62,10 +62,7 @@ def _tells(item: pytest.Item, chosen: dict) -> bool:
     if item.config.getoption("--device") != "cpu":
         return True
     if combination is not None and combination[0] == "gpu":
-        # the interpreter takes up to a minute a test: packing, from given states, by the kernels' own way
-        return (
-            rank == 0 and "test_packing" in item.nodeid and chosen.get("given", True) and not chosen.get("one_by_one")
-        )
+        return False  # the interpreter takes up to a minute a test
     if "test_compile" in item.nodeid:
         # tracing does too: one dtype, and of what speaks for no op one graph, that of packed sequences
         natural = combination == ("cpu", torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,12 @@ def test_parity(backend: str, case: OpCase, device: torch.device):
     assert max(worst.values()) <= 1, (dtype, worst)
 
 
-@pytest.mark.parametrize("op", OP_CASES)
+def with_slow(*slow: str) -> list[Any]:
+    """All ops, of which some take half a minute and more."""
+    return [pytest.param(op, marks=[pytest.mark.slow] if op in slow else []) for op in OP_CASES]
+
+
+@pytest.mark.parametrize("op", with_slow("ssm_scan", "ssm_kernel", "cauchy"))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 def test_reference_passes_gradcheck(op: str, dtype: torch.dtype):
     cases = [case for case in OP_CASES[op](dtype) if 0 < case.tensors[next(iter(case.tensors))].numel() < 700]
@@ -119,7 +125,7 @@ def test_gradcheck_of_the_fast_paths(case: OpCase, device: torch.device):
 MADE_OF = {"ssm_kernel": ("matrix_scan", "ssm_kernel"), "ssm_scan": ("matrix_scan",)}
 
 
-@pytest.mark.parametrize("op", OP_CASES)
+@pytest.mark.parametrize("op", with_slow("cauchy"))
 def test_opcheck(op: str, device: torch.device):
     for case in OP_CASES[op](torch.float32):
         if case.tensors[next(iter(case.tensors))].numel() == 0:

@@ -127,7 +127,7 @@ def test_tied_weights_and_other_kinds(shared_kind: type[Any], tmp_path: Path):
 
 
 def test_only_models_are_saved(tmp_path: Path):
-    with pytest.raises(TypeError, match="Linear is none of the models that can be saved: language_model"):
+    with pytest.raises(TypeError, match=r"Linear is none of the models that can be saved: .*language_model"):
         save_pretrained(nn.Linear(2, 2), tmp_path / "model")
     with pytest.raises(ValueError, match="the name 'language_model' is taken by LanguageModel"):
         register_model("language_model")(nn.Linear)
