@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.models.language_model import LanguageModel
+from seqzoo.models.memory import kept_bytes
 
 
 class Speed(NamedTuple):
@@ -86,7 +87,7 @@ def _at(model: LanguageModel, length: int, rows: int, rounds: int) -> Speed:
     limit = model.config.max_positions
     room = limit is None or length + steps * (rounds + 1) <= limit
     step_time = _time(decode, rounds, device) / steps if room else float("nan")
-    kept = _kept_bytes(lambda: model.loss(ids, ids), parameters) / tokens
+    kept = kept_bytes(lambda: model.loss(ids, ids), parameters) / tokens
     return Speed(
         length,
         tokens / forward_time,
@@ -107,21 +108,3 @@ def _time(call: Callable[[], Any], rounds: int, device: torch.device) -> float:
 
     once()
     return statistics.median(once() for _ in range(rounds))
-
-
-def _kept_bytes(call: Callable[[], Any], parameters: Sequence[Tensor]) -> int:
-    """Bytes of memory that autograd keeps alive for the backward pass, each block once."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = call()
-    # blocks that were freed on the way and used again count once, like the memory that they are
-    del loss
-    return sum(kept.values())

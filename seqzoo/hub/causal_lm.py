@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from seqzoo.mixer import SequenceMixer, State
 from seqzoo.models.config import ModelConfig
 from seqzoo.models.language_model import LanguageModel
-from seqzoo.models.padding import Padding, embed, unpad
+from seqzoo.models.padding import embed, unpad
 from seqzoo.modules.linear_cross_entropy import IGNORED
 from seqzoo.packing import Packing
+from seqzoo.parallel.loss import next_tokens
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -267,7 +268,8 @@ class SeqZooForCausalLM(PreTrainedModel, GenerationMixin):
             )
         loss = None
         if labels is not None:
-            targets = _successors(labels, packing, inputs.padding)
+            own = labels if inputs.padding is None else inputs.padding.pack(labels)
+            targets = next_tokens(own, inputs.packing)
             loss = model.cross_entropy(hidden, targets) + model.config.auxiliary_weight * auxiliary
             if num_items_in_batch is not None:
                 loss = loss * (targets != IGNORED).sum() / num_items_in_batch
@@ -347,19 +349,6 @@ def _packing(
         return None
     packing = Packing.from_position_ids(position_ids)
     return packing if packing.n_sequences > 1 else None
-
-
-def _successors(labels: Tensor, packing: Packing | None, padding: Padding | None) -> Tensor:
-    """The label of each token's successor, -100 at the last of a sequence, in the form in which the backbone runs."""
-    if padding is not None:
-        labels, packing = padding.pack(labels), padding.packing
-    targets = labels.roll(-1, 1)
-    if packing is None:
-        targets[:, -1:] = IGNORED
-        return targets
-    ends = packing.cu_seqlens[1:].to(torch.int64) - 1
-    targets[:, ends[ends >= 0]] = IGNORED
-    return targets
 
 
 AutoConfig.register(SeqZooConfig.model_type, SeqZooConfig, exist_ok=True)

@@ -415,14 +415,10 @@ class ParallelMixer:
 
     def attended(self, mixer: AttentionMixer, plan: Plan, x: Tensor, state: State | None, return_state: bool) -> Mixed:
         """Runs softmax attention over the tokens of all ranks."""
-        packing, here = self.scope.packing, plan.sequences
-        rows = x.shape[0] if packing is None else packing.n_sequences
-        start = torch.zeros(rows, dtype=torch.int64, device=x.device)
-        if state is not None and (packing is None or here):
-            start = start + (state["length"] if packing is None else state["length"][here.start : here.stop])
-        # of packed sequences the first alone may have begun on another rank
-        first = torch.ones_like(start) if packing is None else (torch.arange(rows, device=x.device) == 0).long()
-        q, k, v = mixer.project(x, count_positions(x, start + plan.offset * first, packing)[0])
+        packing = self.scope.packing
+        rows = x.shape[0] if plan.bounds is None else plan.n_sequences
+        before = torch.zeros(rows, dtype=torch.int64, device=x.device) if state is None else state["length"]
+        q, k, v = mixer.project(x, count_positions(x, seen_before(plan, before), packing)[0])
         if state is not None:
             q, k, v = (one.to(x.dtype) for one in (q, k, v))
         group, name = self.scope.group, type(mixer).__name__
@@ -463,8 +459,7 @@ class ParallelMixer:
         if reverse:
             group, plan = group.mirrored(), plan.mirrored()
             packing = plan.packing(x.device)
-        dense, here = plan.bounds is None, plan.sequences
-        rows = x.shape[0] if dense else plan.n_sequences
+        rows = x.shape[0] if plan.bounds is None else plan.n_sequences
         spec = mixer.state_spec(rows, x.dtype)
         counts = {key for key, (_, dtype) in spec.items() if not (dtype.is_floating_point or dtype.is_complex)}
         given, after = state, {}
@@ -474,9 +469,7 @@ class ParallelMixer:
             for key in counts:
                 before = given[key]
                 after[key] = before + torch.tensor(plan.extent, device=x.device).diff()
-                start = before if dense else before[here.start : here.stop] if here else before.new_zeros(1)
-                first = torch.ones_like(start) if dense else (torch.arange(len(start), device=x.device) == 0).long()
-                given[key] = start + plan.offset * first
+                given[key] = seen_before(plan, before)
         transport = TRANSPORTS[self.scope.choices.exchange]
         with answered_by(ParallelOps(group, plan, packing, type(mixer).__name__, transport, return_state)):
             mixed = run(x, given, packing, True)
@@ -586,32 +579,12 @@ class ParallelBidirectional(ParallelMixer):
         return mixed._replace(y=y)
 
 
-class ParallelParts:
+class ParallelParts(ParallelMixer):
     """Mixers side by side, of which each exchanges in its own way."""
 
-    def __init__(self, mixer: ParallelMixers, scope: Scope) -> None:
-        self.mixer, self.scope = mixer, scope
-
-    def forward(
-        self,
-        x: Tensor,
-        state: State | None = None,
-        *,
-        cu_seqlens: Tensor | Packing | Plan | None = None,
-        return_state: bool = False,
-        return_auxiliary: bool = False,
-    ) -> tuple[Tensor, State | None] | tuple[Tensor, State | None, Tensor]:
-        """As :meth:`ParallelMixer.forward`."""
-        mixer = self.mixer
-        mixer._check_input(x, 3, "(B, T, D)")
-        if state is not None or return_state:
-            mixer._refuse("state")
-        with self.scope.planned(type(mixer).__name__, x, cu_seqlens) as plan:
-            if state is not None:
-                mixer._check_state(state, x.shape[0] if plan.bounds is None else plan.n_sequences, x)
-            mixed = mixer.mix(x, state, self.scope.packing, return_state)
-        result = mixed.y, mixed.state
-        return (*result, cast("Tensor", mixed.auxiliary)) if return_auxiliary else result
+    def mix(self, plan: Plan, x: Tensor, state: State | None, return_state: bool) -> Mixed:
+        """Runs the mixer as it is: its parts are parallel, and their auxiliary losses this rank's shares."""
+        return self.mixer.mix(x, state, self.scope.packing, return_state)
 
 
 class ParallelPositions:
@@ -625,17 +598,13 @@ class ParallelPositions:
         positions, plan = self.positions, self.scope.plan
         if plan is None:  # a step, which every rank takes alike
             return LearnedPositions.forward(positions, x, state, packing)
-        dense, here = plan.bounds is None, plan.sequences
-        rows = x.shape[0] if dense else plan.n_sequences
+        rows = x.shape[0] if plan.bounds is None else plan.n_sequences
         before = positions.init_state(rows, x.device)["position"] if state is None else positions._start(state, rows)
         after = before + torch.tensor(plan.extent, device=x.device).diff()
         # on every rank, also where the sequence that is too long does not end
         if rows:
             positions._check(after.amax())
-        start = before if dense else before[here.start : here.stop] if here else before.new_zeros(1)
-        first = torch.arange(len(start), device=x.device) == 0
-        start = start + plan.offset * (torch.ones_like(first) if dense else first)
-        y, _ = LearnedPositions.forward(positions, x, {"position": start}, packing)
+        y, _ = LearnedPositions.forward(positions, x, {"position": seen_before(plan, before)}, packing)
         return y, {"position": after}
 
 
@@ -672,6 +641,21 @@ class Refusal:
             f"{self.name}.prefill needs the last token of every prompt, which another rank may hold; call forward with "
             "return_state=True and go on with step, or generate with a model that is not parallel"
         )
+
+
+def seen_before(plan: Plan, before: Tensor) -> Tensor:
+    """How many tokens the sequences of this rank have seen before its own, int64, one at least.
+
+    Args:
+        plan: Of the tokens.
+        before: int64, what all sequences have seen before the call: one a row of a dense batch, or a packed sequence.
+    """
+    if plan.bounds is None:
+        return before + plan.offset
+    here = plan.sequences
+    start = before[here.start : here.stop] if here else before.new_zeros(1)
+    # the first alone may have begun on another rank
+    return start + plan.offset * (torch.arange(len(start), device=before.device) == 0)
 
 
 def ordinary(mixer: SequenceMixer) -> Run:

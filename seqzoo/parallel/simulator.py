@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
 
 from seqzoo.mixer import SequenceMixer
 from seqzoo.models.config import ModelConfig, build_mixer
+from seqzoo.models.memory import kept_bytes
 from seqzoo.models.parallel_mixers import ParallelMixers
 from seqzoo.models.presets import preset
 from seqzoo.modules.attention import AttentionMixer
@@ -39,7 +39,7 @@ from seqzoo.parallel.transports import PIECES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUFFIXES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
-# tokens on which the memory of activations is measured, and the exponent of what grows with their square
+# tokens on which the memory of activations is measured
 PROBE = 256
 
 
@@ -156,7 +156,7 @@ def estimate(mixers: Iterable[SequenceMixer], plan: Plan, link: Link, *, batch_s
             type(alike[0]).__name__,
             len(alike),
             _costs(alike[0], plan, link, batch_size),
-            kept_bytes(alike[0], plan.length, batch_size),
+            activation_bytes(alike[0], plan.length, batch_size),
         )
         for alike in kinds.values()
     ]
@@ -209,24 +209,12 @@ def _attention_costs(mixer: AttentionMixer, plan: Plan, link: Link, batch_size: 
     return found
 
 
-def kept_bytes(mixer: SequenceMixer, length: int, batch_size: int) -> int:
+def activation_bytes(mixer: SequenceMixer, length: int, batch_size: int) -> int:
     """Bytes of activations that a mixer keeps for the backward pass: those of a short sequence, in proportion."""
     probe = min(PROBE, length)
     weight = next(mixer.parameters())
     x = torch.randn(1, probe, mixer.d_model, dtype=_dtype(mixer), device=weight.device, requires_grad=True)
-    known = {parameter.untyped_storage().data_ptr() for parameter in mixer.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y, _ = mixer(x)[:2]
-    del y
-    return sum(kept.values()) * batch_size * length // probe
+    return kept_bytes(lambda: mixer(x), mixer.parameters()) * batch_size * length // probe
 
 
 def _dtype(mixer: SequenceMixer) -> torch.dtype:
