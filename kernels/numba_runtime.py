@@ -224,7 +224,11 @@ def cut_rows(bounds: np.ndarray, groups: int) -> np.ndarray:
 def _numba() -> Any:
     import numba
     from numba.core.compiler_lock import global_compiler_lock
+    from numba.core.registry import cpu_target
 
+    # imports what the first compilation would; a child forked during an import waits for its lock for ever
+    cpu_target.typing_context.refresh()
+    cpu_target.target_context.refresh()
     locks = (_setup, _calls, global_compiler_lock)
 
     def acquire() -> None:
