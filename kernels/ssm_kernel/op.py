@@ -104,19 +104,24 @@ def narrowed(space: StateSpace, dtype: torch.dtype) -> StateSpace:
 
 
 def _low_rank_kernel(space: StateSpace, length: int, dtype: torch.dtype) -> Tensor:
-    """By the generating function ``sum_l K_l z^l`` at the roots of unity z, whose inverse transform is the kernel.
+    """By the generating function ``sum_l K_l z^l`` at roots of unity, drawn in to ``|z| = r``: transformed, ``K_l r^l``.
 
-    Of the finite sum, ``c (I - A_d^length)`` in place of c. With ``R = ((1 - z) I - step / 2 (1 + z) diag(poles))^-1``
-    and ``h = step / 2 (1 + z)`` Woodbury's identity gives ``step (c R b - h (c R p) (1 + h q^* R p)^-1 (q^* R b))``.
+    Of the finite sum, ``c (I - r^length A_d^length)`` in place of c. With ``R = ((1 - z) I - step / 2 (1 + z)
+    diag(poles))^-1`` and ``h = step / 2 (1 + z)`` Woodbury's identity gives
+    ``step (c R b - h (c R p) (1 + h q^* R p)^-1 (q^* R b))``. On the unit circle itself a slow pole of ``A_d`` lies
+    beside a node, where these differences cancel, and those of the gradients twice; ``r^length`` of 1 / e keeps it away
+    and costs the last tap a digit's fraction.
     """
-    if not space.conjugate_pairs:
+    shrink = -torch.arange(length, dtype=torch.float64, device=space.step.device) / length
+    if space.conjugate_pairs:
+        spectrum = _generating(space, length)
+    else:
         # a real part is half a sum with the conjugate, here of a system that does not act on the first
         other = space._replace(
             poles=space.poles.conj(), b=space.b.conj(), c=space.c.conj(), low_rank=_conjugate(space.low_rank)
         )
-        both = (_generating(one, length) for one in (space, other))
-        return _transform(((next(both) + next(both)) / 2).to(dtype), length)
-    return _transform(_generating(space, length).to(dtype), length)
+        spectrum = (_generating(space, length) + _generating(other, length)) / 2
+    return _transform(spectrum.to(dtype), length) / shrink.exp().to(REAL_OF[dtype])
 
 
 def _conjugate(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
@@ -124,22 +129,29 @@ def _conjugate(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | No
 
 
 def _generating(space: StateSpace, length: int) -> Tensor:
-    """The generating function of the finite kernel at half of the roots of unity, ``(D, length // 2 + 1)``.
+    """The generating function of the finite kernel at half of the drawn-in nodes, ``(D, length // 2 + 1)``.
 
-    In complex128: beside a pole near the unit circle the elimination's differences cancel, and its gradients twice.
+    ``cauchy`` has its nodes w on the unit circle. For ``z = r w`` is ``(1 - z) - x (1 + z)`` the same as
+    ``scale ((1 - w) - y (1 + w))`` with ``scale = ((1 + r) - (1 - r) x) / 2`` and
+    ``y = ((1 + r) x - (1 - r)) / (2 scale)``.
     """
     if space.low_rank is None:
         raise ValueError("a diagonal state space has its kernel from its powers")
     p, q = space.low_rank
     steps, _ = low_rank_steps(space)
     faded = row_power(as_reader(space.c), steps.real_transition(), length)
-    c = space.c - from_reader(faded)
+    c = space.c - math.exp(-1) * from_reader(faded)
     rows, columns = torch.cat((c[:, None], q.conj()), 1), torch.cat((space.b[:, None], p), 1)
     weights = (rows[:, :, None] * columns[:, None]).flatten(1, 2)
     half = space.step[:, None] / 2
-    sums = cauchy(weights, half * space.poles, length, conjugate_pairs=space.conjugate_pairs)
+    less = torch.full((), -1 / length, dtype=torch.float64, device=half.device).expm1()  # r - 1
+    x = half * space.poles
+    scale = 1 + less / 2 * (1 + x)
+    sums = cauchy(
+        weights / scale[:, None], ((2 + less) * x + less) / (2 * scale), length, conjugate_pairs=space.conjugate_pairs
+    )
     angles = torch.arange(length // 2 + 1, dtype=torch.float64, device=half.device) * (2 * math.pi / length)
-    above = half * (1 + torch.polar(torch.ones_like(angles), -angles))
+    above = half * (1 + torch.polar((1 + less).expand_as(angles), -angles))
     rank = p.shape[1]
     table = [[sums[:, row * (rank + 1) + column] for column in range(rank + 1)] for row in range(rank + 1)]
     return space.step[:, None] * _schur(table, above)

@@ -16,7 +16,7 @@ from seqzoo.kernels.ssm_kernel.discretise import LowRankSteps
 from seqzoo.layers import DSS, LRU, S4, S4D, S5, Bidirectional
 from seqzoo.models import ClassifierConfig, SequenceClassifier
 from seqzoo.modules.hippo import LEAST_DECAY, MEASURES, diagonalise, hippo
-from seqzoo.ops import ssm_kernel, ssm_scan
+from seqzoo.ops import backend, ssm_kernel, ssm_scan
 from seqzoo.parameters import parameter_groups
 from seqzoo.testing import inputs
 from seqzoo.train.schedule import rate_factor
@@ -256,6 +256,23 @@ def test_float32_gradients_of_s4_s_kernel(measure):
         )
         for (name, _), one, other in zip(list(layer.named_parameters())[1:], found, expected, strict=True):
             assert (one.double() - other).norm() <= 2e-5 * other.norm(), (name, length)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_gradients_of_s4_s_kernel_are_those_of_its_recurrence(measure):
+    torch.manual_seed(0)
+    layer = S4(8, d_state=64, measure=measure, output="none").double()
+    parameters = [parameter for name, parameter in layer.named_parameters() if name != "D"]
+    for length in (1, 96, 257):
+        impulse = torch.zeros(1, length, 8, dtype=torch.float64)
+        impulse[:, 0] = 1
+        gradient = inputs((8, length), torch.float64)
+        with backend("reference"):
+            by_steps = (layer(impulse)[0] - layer.D * impulse)[0].mT
+            expected = torch.autograd.grad(by_steps, parameters, gradient)
+        found = torch.autograd.grad(layer.kernel(length), parameters, gradient)
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() <= 1e-12 * other.norm(), length
 
 
 def test_a_step_of_s4_makes_no_dense_matrix(monkeypatch):
