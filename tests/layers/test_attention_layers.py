@@ -135,6 +135,9 @@ def test_without_gradients_a_cache_is_written_in_place_and_doubles():
     # 3, then 16, 32 and 64 places, and no copy between
     assert sorted({capacity for _, capacity in places}) == [16, 32, 64]
     assert len(set(places)) == 3
+    # head by head, as attention reads them
+    assert state["k"].transpose(1, 2).is_contiguous()
+    assert state["v"].transpose(1, 2).is_contiguous()
     assert state["length"].tolist() == [60, 60]
     assert not state["k"][:, 60:].any()
 
