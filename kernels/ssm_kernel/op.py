@@ -104,7 +104,7 @@ def narrowed(space: StateSpace, dtype: torch.dtype) -> StateSpace:
 
 
 def _low_rank_kernel(space: StateSpace, length: int, dtype: torch.dtype) -> Tensor:
-    """By the generating function ``sum_l K_l z^l`` at roots of unity, drawn in to ``|z| = r``: transformed, ``K_l r^l``.
+    """By the generating function ``sum_l K_l z^l`` at the roots of unity times r, whose transform back is ``K_l r^l``.
 
     Of the finite sum, ``c (I - r^length A_d^length)`` in place of c. With ``R = ((1 - z) I - step / 2 (1 + z)
     diag(poles))^-1`` and ``h = step / 2 (1 + z)`` Woodbury's identity gives

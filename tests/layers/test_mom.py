@@ -212,18 +212,27 @@ def test_the_loss_enters_a_model():
 @pytest.mark.parametrize(
     "counts", [(3, 0, 5, 1), (0, 0, 2 * BLOCK, 0), (BLOCK + 1, BLOCK, 7, 0), (0, 0, 0, 0)], ids=str
 )
-def test_a_linear_map_a_part(counts: tuple[int, ...], dtype: torch.dtype):
+@pytest.mark.parametrize("width", [5, 16])
+def test_a_linear_map_a_part(width: int, counts: tuple[int, ...], dtype: torch.dtype, monkeypatch):
+    """In blocks, and of whole 16 bytes by PyTorch's grouped product, which has no float64."""
     torch.manual_seed(0)
-    maps = PartLinear(6, 5, 4, bias=True)
+    grouped = []
+    monkeypatch.setattr(
+        nn.functional,
+        "grouped_mm",
+        lambda *a, product=nn.functional.grouped_mm, **k: grouped.append(1) or product(*a, **k),
+    )
+    maps = PartLinear(8, width, 4, bias=True)
     maps.reset_parameters()
     nn.init.normal_(maps.bias)
     maps.to(dtype)
     choices = torch.cat([torch.full((count, 1), part) for part, count in enumerate(counts)])
     choices = choices[torch.randperm(len(choices))]
-    x = inputs((len(choices), 6), dtype).requires_grad_()
+    x = inputs((len(choices), 8), dtype).requires_grad_()
     streams = Streams.of(choices, 4, torch.zeros(len(choices), dtype=torch.int64), 1)
     assert streams.bounds.tolist() == [0, *itertools.accumulate(counts)]
     y = maps(x, streams)
+    assert bool(grouped) == (width == 16 and dtype != torch.float64 and len(choices) > 0)
     part = choices[streams.source, 0]
     expected = torch.einsum("nd,ned->ne", x[streams.source], maps.weight[part]) + maps.bias[part]
     sources = [x, maps.weight, maps.bias]
