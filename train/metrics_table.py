@@ -12,7 +12,17 @@ from lightning.pytorch.loggers.logger import Logger
 
 from seqzoo.hub.files import WriteError, atomic_file
 
-COLUMNS = ("step", "train_loss", "train_bpb", "validation_bpb", "lr", "bytes_per_second", "seconds", "packing")
+COLUMNS = (
+    "step",
+    "train_loss",
+    "train_bpb",
+    "validation_bpb",
+    "lr",
+    "bytes_per_second",
+    "seconds",
+    "packing",
+    "validation_perplexity",
+)
 CLASSIFICATION_COLUMNS = (
     "step",
     "train_loss",
@@ -41,7 +51,7 @@ class MetricsTable(Logger):
         lines: list[tuple[str, ...]] = [columns]
         for row in read_metrics(path):
             if (row["step"] or 0) <= keep:
-                lines.append(tuple("" if row[name] is None else _text(row[name] or 0.0) for name in columns))
+                lines.append(tuple(_cell(row, name) for name in columns))
         with atomic_file(path, what="the table of metrics") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
 
@@ -83,6 +93,12 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
         if values.get("step") is not None:
             rows.append(values)
     return rows
+
+
+def _cell(row: Mapping[str, float | None], name: str) -> str:
+    # a table of an earlier version has fewer columns
+    value = row.get(name)
+    return "" if value is None else _text(value)
 
 
 def _text(value: float) -> str:

@@ -13,7 +13,9 @@ from torch import Tensor
 from seqzoo.mixer import State, join
 from seqzoo.models import LanguageModel, ModelConfig
 from seqzoo.parallel import shard_model
-from seqzoo.train.data.documents import PackedBatch
+from seqzoo.train.checkpoints import CheckpointError
+from seqzoo.train.data.language import LanguageData
+from seqzoo.train.data.packed_documents import PackedBatch
 from seqzoo.train.data.windows import IGNORED, replica
 from seqzoo.train.finite import check_finite
 from seqzoo.train.optimisation import OptimisedModule
@@ -75,6 +77,12 @@ class LanguageModeling(OptimisedModule):
         self._nats = 0.0
         self._count = 0
 
+    def check_data(self, data: LanguageData) -> None:
+        """Raises ValueError unless the vocabulary holds all tokens of the data, which have been read."""
+        needed, size = data.tokenizer.vocab_size, self.model.config.vocab_size
+        if size < needed:
+            raise ValueError(f"{data.tokenizer_words} need model.config.vocab_size of at least {needed}, got {size}")
+
     def configure_model(self) -> None:
         """Divides the model among the processes of a mesh, where the strategy has made one."""
         if self.device_mesh is not None and not self._divided:
@@ -125,7 +133,7 @@ class LanguageModeling(OptimisedModule):
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the states of documents that go on, those of every group of processes."""
+        """Keeps the states of documents that go on, those of every group, and the tokenizer's fingerprint."""
         carried: list[Any] = [self._carried]
         if self.device_mesh is not None:
             group = self.device_mesh["data_parallel"]
@@ -133,9 +141,23 @@ class LanguageModeling(OptimisedModule):
             torch.distributed.all_gather_object(carried, self._carried, group=group.get_group())
         if any(carried):
             checkpoint["carried"] = carried
+        data = _data_of(self.trainer)
+        if data is not None:
+            checkpoint["tokenizer"] = data.tokenizer.digest()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up the states of documents that go on."""
+        """Takes up the states of documents that go on.
+
+        Raises:
+            CheckpointError: If the checkpoint is of another tokenizer than the data.
+        """
+        data = _data_of(self.trainer)
+        before = checkpoint.get("tokenizer")
+        if data is not None and before is not None and before != data.tokenizer.digest():
+            raise CheckpointError(
+                f"the checkpoint was trained with another tokenizer, of fingerprint {before}; the data have "
+                f"{data.tokenizer_words}, {data.tokenizer.digest()}: give the tokenizer of the checkpoint"
+            )
         rank, groups = replica(self.trainer)
         carried = checkpoint.get("carried", [{}])
         # another number of groups reads other documents
@@ -160,11 +182,19 @@ class LanguageModeling(OptimisedModule):
         self._count += count
 
     def on_validation_epoch_end(self) -> None:
-        """Makes ``validation_bpb`` known to callbacks."""
+        """Makes ``validation_bpb`` and ``validation_perplexity`` known to callbacks.
+
+        Bits per token become bits per byte by the mean length of the tokens of all validation texts.
+        """
         sums = torch.tensor([self._nats, float(self._count)], dtype=torch.float64, device=self.device)
         nats, count = (sums if self.device_mesh is None else total(sums, self.device_mesh)).tolist()
         self._state = None
-        self.log("validation_bpb", nats / max(count, 1.0) / math.log(2.0), logger=False)
+        mean = nats / max(count, 1.0)
+        data = _data_of(self.trainer)
+        size = 1.0 if data is None else data.bytes_per_token("validation")
+        self.log("validation_bpb", mean / math.log(2.0) / size, logger=False)
+        # beyond this the number is no finite float
+        self.log("validation_perplexity", math.exp(min(mean, 700.0)), logger=False)
 
     def score(self, batch: tuple[Tensor, Tensor], state: list[State] | None) -> tuple[float, int, list[State] | None]:
         """The summed loss in nats of a window, how many tokens it has, and the state that the next one takes.
@@ -192,3 +222,9 @@ class LanguageModeling(OptimisedModule):
             total, count = total + nats, count + tokens
         self.train(training)
         return total / max(count, 1) / math.log(2.0)
+
+
+def _data_of(trainer: Any) -> LanguageData | None:
+    """The texts that a trainer reads, where it has them from a data module of this package."""
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, LanguageData) else None

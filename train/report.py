@@ -13,11 +13,11 @@ from rich.text import Text
 from seqzoo.hub import save_pretrained
 from seqzoo.hub.files import atomic_file
 from seqzoo.models.generation import generate
-from seqzoo.train.baselines import OrderTwoModel, compressed_bits_per_byte
+from seqzoo.models.tokenizer import Tokenizer
 from seqzoo.train.callbacks.progress import quantity
 from seqzoo.train.checkpoints import read_checkpoint
 from seqzoo.train.curves import draw_curves
-from seqzoo.train.data import FolderBytes
+from seqzoo.train.data import LanguageData
 from seqzoo.train.metrics_table import read_metrics
 from seqzoo.train.modules import LanguageModeling
 from seqzoo.train.run_folder import RunFolder
@@ -26,13 +26,13 @@ from seqzoo.train.sharded_checkpoints import read_shards
 Facts = dict[str, Any]
 
 
-def finish(run: RunFolder, module: LanguageModeling, data: FolderBytes, facts: Facts, console: Console) -> Facts:
-    """Judges a trained model on all validation bytes and leaves everything in the folder of the run.
+def finish(run: RunFolder, module: LanguageModeling, data: LanguageData, facts: Facts, console: Console) -> Facts:
+    """Judges a trained model on all validation tokens and leaves everything in the folder of the run.
 
     Args:
         run: The folder.
         module: With the weights of the last step; afterwards with those that were saved.
-        data: The bytes.
+        data: The texts.
         facts: What is known of the run already: ``steps``, ``seconds``, ``bytes``, ``bytes_per_second``, ``best_step``,
             ``validated_step``.
         console: For the report.
@@ -42,13 +42,14 @@ def finish(run: RunFolder, module: LanguageModeling, data: FolderBytes, facts: F
     """
     started = time.perf_counter()
     step, score = _choose_weights(run, module, data, facts)
-    save_pretrained(module.model, run.model)
+    save_pretrained(module.model, run.model, tokenizer=data.tokenizer)
     baselines = measure_baselines(data)
-    text = sample(module)
+    text = sample(module, data.tokenizer)
     run.write_text(run.sample, text)
     draw(run, baselines, (step, score))
     report = {
         "validation_bits_per_byte": score,
+        "validation_perplexity": 2.0 ** (score * data.bytes_per_token("validation")),
         "baselines_bits_per_byte": baselines,
         "model_of_step": step,
         "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
@@ -61,28 +62,22 @@ def finish(run: RunFolder, module: LanguageModeling, data: FolderBytes, facts: F
     return report
 
 
-def save_interrupted(run: RunFolder, module: LanguageModeling) -> None:
+def save_interrupted(run: RunFolder, module: LanguageModeling, data: LanguageData) -> None:
     """Leaves the weights of the last step as a model."""
-    save_pretrained(module.model, run.model)
+    save_pretrained(module.model, run.model, tokenizer=data.tokenizer)
 
 
-def measure_baselines(data: FolderBytes) -> dict[str, float]:
-    """Bits per byte of the validation bytes without a neural network, the best first."""
-    training, validation = data.training_bytes, data.validation_bytes
-    if training is None or validation is None:
-        raise RuntimeError("the data is read by setup(), which was not called")
-    values = compressed_bits_per_byte(validation.tobytes())
-    values["order-2 model"] = OrderTwoModel(training).bits_per_byte(validation)
-    values["uniform"] = 8.0
-    return dict(sorted(values.items(), key=lambda item: item[1]))
+def measure_baselines(data: LanguageData) -> dict[str, float]:
+    """Bits per byte of the validation texts without a neural network, the best first."""
+    return data.baselines()
 
 
-def sample(module: LanguageModeling) -> str:
+def sample(module: LanguageModeling, tokenizer: Tokenizer) -> str:
     """A continuation of the module's prompt, the prompt included."""
-    prompt = module.sample_prompt.encode() or b"\n"
-    ids = torch.tensor([list(prompt)], device=module.device)
+    prompt = tokenizer.encode(module.sample_prompt or "\n")
+    ids = torch.tensor([prompt], device=module.device)
     new = generate(module.model, ids, module.sample_length, temperature=module.sample_temperature, seed=module.seed)
-    return (prompt + bytes(new[0].tolist())).decode("utf-8", errors="replace") + "\n"
+    return tokenizer.decode([*prompt, *new[0].tolist()]) + "\n"
 
 
 def draw(run: RunFolder, baselines: dict[str, float], final: tuple[int, float] | None) -> None:
@@ -93,7 +88,7 @@ def draw(run: RunFolder, baselines: dict[str, float], final: tuple[int, float] |
         file.write(picture)
 
 
-def show(report: Facts, text: str, data: FolderBytes, console: Console) -> None:
+def show(report: Facts, text: str, data: LanguageData, console: Console) -> None:
     """Prints a report, the sample first, so that the numbers are what one sees last."""
     console.rule("sample")
     console.print(Text(text.rstrip()))
@@ -104,11 +99,10 @@ def show(report: Facts, text: str, data: FolderBytes, console: Console) -> None:
     for name, value in report["baselines_bits_per_byte"].items():
         table.add_row(name, f"{value:.3f}", f"{100.0 * (value / score - 1.0):+.1f} %")
     console.print(table)
-    sizes = data.description()
     console.print(
-        f"Model and order-2 model were fitted on {quantity(float(sizes['training_bytes']))}B of "
-        f"{sizes['training_files']} files; the compressors saw the {quantity(float(sizes['validation_bytes']))}B of "
-        f"the {sizes['validation_files']} validation files alone, in one piece.",
+        f"Model and baselines were fitted on {data.words('training')}; the compressors saw the "
+        f"{data.words('validation')} of validation alone, in one piece. The model's perplexity is "
+        f"{report['validation_perplexity']:.3f} per token of {data.bytes_per_token('validation'):.3f} bytes.",
         highlight=False,
     )
     console.print(
@@ -118,16 +112,17 @@ def show(report: Facts, text: str, data: FolderBytes, console: Console) -> None:
     )
 
 
-def _choose_weights(run: RunFolder, module: LanguageModeling, data: FolderBytes, facts: Facts) -> tuple[int, float]:
+def _choose_weights(run: RunFolder, module: LanguageModeling, data: LanguageData, facts: Facts) -> tuple[int, float]:
     """Puts the better of the last and the best weights into the module; returns their step and score."""
     windows = data.val_dataloader()
-    step, score = facts["steps"], module.bits_per_token(windows)
+    size = data.bytes_per_token("validation")
+    step, score = facts["steps"], module.bits_per_token(windows) / size
     if facts["best_step"] == facts["validated_step"] or not run.best.exists():
         return step, score
     last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     read = read_shards if run.sharded else read_checkpoint
     module.load_state_dict(read(run.best)["state_dict"])
-    best = module.bits_per_token(windows)
+    best = module.bits_per_token(windows) / size
     if best < score:
         return facts["best_step"], best
     module.load_state_dict(last)

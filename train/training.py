@@ -13,7 +13,6 @@ from rich.console import Console
 
 from seqzoo.train import environment, report
 from seqzoo.train.allocator import keep_freed_memory
-from seqzoo.train.baselines import BYTES
 from seqzoo.train.callbacks import Checkpointing, Metering, ProgressDisplay, StepsFromMinutes
 from seqzoo.train.callbacks.progress import quantity
 from seqzoo.train.checkpoints import SafetensorsIO, read_checkpoint
@@ -125,7 +124,7 @@ class Training:
         except (Interrupted, SIGTERMException):
             module = self._whole()
             if self.first:
-                report.save_interrupted(self.run, module)
+                report.save_interrupted(self.run, module, self.cli.datamodule)
             self._part(f"stopped after step {self.saver.saved_step}; the model so far is in {self.run.model}")
             return self.interruption.exit_status
         except Aborted:
@@ -178,11 +177,8 @@ class Training:
 
     def data_words(self) -> str:
         """Where the data lie, and how many there are."""
-        data = self.cli.datamodule.description()
-        return (
-            f"{data['folder']}: {quantity(float(data['training_bytes']))}B of {data['training_files']} files to "
-            f"train on, {quantity(float(data['validation_bytes']))}B of {data['validation_files']} to validate"
-        )
+        data = self.cli.datamodule
+        return f"{data.source()}: {data.words('training')} to train on, {data.words('validation')} to validate"
 
     def _trained(self) -> bool:
         return 0 < self.trainer.max_steps <= self.step
@@ -271,8 +267,10 @@ def check_data(cli: TrainingCLI, processes: Processes | None = None) -> None:
             f"{cli.datamodule.validation_streams}"
         )
     config = cli.model.model.config
-    if config.vocab_size < BYTES:
-        raise ConfigurationError(f"bytes need model.config.vocab_size of at least {BYTES}, got {config.vocab_size}")
+    try:
+        cli.model.check_data(cli.datamodule)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
     words, longest = cli.datamodule.longest
     if config.max_positions is not None and config.max_positions < longest:
         raise ConfigurationError(

@@ -18,6 +18,8 @@ from seqzoo.hub.files import atomic_folder, previous
 from seqzoo.kernels.checks import REAL
 from seqzoo.mixer import SequenceMixer
 from seqzoo.models.registry import model_class, model_name
+from seqzoo.models.tokenizer import FILE as TOKENIZER
+from seqzoo.models.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -26,7 +28,7 @@ HUB_PREFIX = "hf://"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_pretrained(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Tokenizer | None = None) -> None:
     """Saves a model as a folder, which appears whole or not at all; a checkpoint of that name is replaced.
 
     Tensors that share memory (tied weights) are stored once. Every tensor keeps its dtype.
@@ -34,6 +36,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: A model of a registered kind, as ``LanguageModel``.
         path: The folder.
+        tokenizer: What is saved beside the model, and replaces an earlier one; bytes leave no file.
 
     Raises:
         FileExistsError: If the folder holds anything but a checkpoint, which replacing it would delete.
@@ -43,7 +46,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     name = model_name(model)
     config: Any = model.config
-    write_checkpoint(model, {"model": name, **config.to_dict()}, path)
+    write_checkpoint(model, {"model": name, **config.to_dict()}, path, tokenizer=tokenizer)
 
 
 def from_pretrained(
@@ -141,6 +144,7 @@ def write_checkpoint(
     config: Mapping[str, Any],
     path: str | os.PathLike[str],
     rename: Callable[[str], str] = str,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Writes a model's tensors, under names of its own or others, beside a description, as one folder or not at all.
 
@@ -149,14 +153,16 @@ def write_checkpoint(
         config: What becomes ``config.json``.
         path: The folder.
         rename: The name of a tensor in the file, of that in the model.
+        tokenizer: What is saved beside them; one that is there already is replaced only by another.
 
     Raises:
         FileExistsError: If the folder holds anything but a checkpoint, which replacing it would delete.
         OSError: If writing fails.
     """
     folder = Path(path).expanduser()
+    own = FILES if tokenizer is None else (*FILES, TOKENIZER)
     if folder.is_dir():
-        others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES)
+        others = sorted(entry.name for entry in folder.iterdir() if entry.name not in own)
         if others:
             raise FileExistsError(
                 f"saving replaces the whole folder {folder}, and it holds {', '.join(others[:3])}; choose another"
@@ -166,6 +172,8 @@ def write_checkpoint(
     with atomic_folder(folder, what=f"the checkpoint of a {type(model).__name__}") as temporary:
         (temporary / CONFIG).write_text(text, encoding="utf-8")
         write_tensors(tensors, temporary / WEIGHTS)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
         # safetensors gives its files to the owner alone
         shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)
 
@@ -183,6 +191,7 @@ def assemble(
         read: Reads the tensors by their names in the file, which are copied.
         source: The file, for messages.
         rename: The name of a tensor in the file, of that in the model.
+        tokenizer: What is saved beside them; one that is there already is replaced only by another.
 
     Raises:
         ValueError: If tensors are missing, unexpected or misshapen; the message has all of them.

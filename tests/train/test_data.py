@@ -128,8 +128,8 @@ def test_empty_and_small_folders_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": 0}, "context must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"context": 0}, "context must be a positive integer"),
+        ({"batch_size": 0}, "batch_size must be a positive integer"),
         ({"validation_fraction": 1.0}, "validation_fraction must lie between 0 and 1"),
         ({"files": []}, "files must name at least one pattern"),
     ],

@@ -13,7 +13,8 @@ import torch
 from seqzoo.models import ModelConfig
 from seqzoo.train.checkpoints import read_checkpoint
 from seqzoo.train.command import main
-from seqzoo.train.data.documents import FolderDocuments, PackedDocuments
+from seqzoo.train.data.documents import FolderDocuments
+from seqzoo.train.data.packed_documents import PackedDocuments
 from seqzoo.train.metrics_table import read_metrics
 from seqzoo.train.modules import LanguageModeling
 from seqzoo.train.sharded_checkpoints import read_shards

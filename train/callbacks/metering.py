@@ -11,6 +11,7 @@ import lightning.pytorch as lightning
 import torch
 from torch import Tensor
 
+from seqzoo.train.data.language import LanguageData
 from seqzoo.train.data.windows import replica, tokens_of
 
 
@@ -58,7 +59,7 @@ class Metering(lightning.Callback):
             torch.tensor([self.size(batch), getattr(batch, "capacity", 0)], device=pl_module.device), reduce_op="sum"
         ).tolist()
         shared = trainer.world_size // replica(trainer)[1]
-        size, room = size // shared, room // shared
+        size, room = round(size / shared * self.scale(trainer)), round(room / shared * self.scale(trainer))
         self.loss = loss
         self.seconds += seconds
         self.bytes += size
@@ -72,7 +73,7 @@ class Metering(lightning.Callback):
         mean = self._since["loss"] / self._since["batches"]
         row = {
             "train_loss": mean,
-            "train_bpb": mean / math.log(2.0),
+            "train_bpb": mean / math.log(2.0) / self.scale(trainer),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             self.speed: round(self._since["bytes"] / max(self._since["seconds"], 1e-9)),
             "seconds": round(self.seconds, 3),
@@ -83,15 +84,22 @@ class Metering(lightning.Callback):
         self._log(trainer, row)
 
     def size(self, batch: Any) -> int:
-        """Bytes that a batch predicts."""
+        """Tokens that a batch predicts."""
         return tokens_of(batch)
+
+    def scale(self, trainer: Any) -> float:
+        """Bytes of a token."""
+        data = getattr(trainer, "datamodule", None)
+        return data.bytes_per_token("training") if isinstance(data, LanguageData) else 1.0
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """A row with the validation's result."""
         if "validation_bpb" not in trainer.callback_metrics or trainer.sanity_checking:
             return
         self.validation_bpb = float(trainer.callback_metrics["validation_bpb"])
-        self._log(trainer, {"validation_bpb": self.validation_bpb, "seconds": round(self.seconds, 3)})
+        row = {"validation_bpb": self.validation_bpb, "seconds": round(self.seconds, 3)}
+        perplexity = float(trainer.callback_metrics["validation_perplexity"])
+        self._log(trainer, {**row, "validation_perplexity": perplexity})
 
     def _log(self, trainer: Any, row: dict[str, float]) -> None:
         for logger in trainer.loggers:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import cast
 
-import lightning.pytorch as lightning
+import numpy as np
 
 from seqzoo.train.baselines import Bytes
-from seqzoo.train.data.files import digest, find_files, joined, read_bytes, read_parts, resolve_folder, split_files
-from seqzoo.train.data.windows import TrainingWindows, ValidationWindows, replica
+from seqzoo.train.data.files import digest, find_files, joined, read_parts, resolve_folder, split_files
+from seqzoo.train.data.language import LanguageData
+from seqzoo.train.data.tokenised import Tokens
 
 
-class FolderBytes(lightning.LightningDataModule):
+class FolderBytes(LanguageData):
     """Next-byte prediction on the files of a folder, split by file into training and validation.
 
     Args:
@@ -26,6 +26,8 @@ class FolderBytes(lightning.LightningDataModule):
         seed: Seed of the order of the windows; the command sets it from its own.
     """
 
+    unit = "files"
+
     def __init__(
         self,
         folder: str = "{stdlib}",
@@ -37,14 +39,7 @@ class FolderBytes(lightning.LightningDataModule):
         validation_streams: int = 16,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in (
-            ("context", context),
-            ("batch_size", batch_size),
-            ("validation_streams", validation_streams),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        super().__init__(context, batch_size, validation_streams, None, "carry", seed)
         if not 0.0 < validation_fraction < 1.0:
             raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
         if not files:
@@ -53,76 +48,45 @@ class FolderBytes(lightning.LightningDataModule):
         self.files = files
         self.exclude = exclude
         self.validation_fraction = validation_fraction
-        self.context = context
-        self.batch_size = batch_size
-        self.validation_streams = validation_streams
-        self.seed = seed
-        self.training_bytes: Bytes | None = None
-        self.validation_bytes: Bytes | None = None
-        self.training_lengths: list[int] = []
-        self.counts: tuple[int, int] = (0, 0)
 
     @property
-    def longest(self) -> tuple[str, int]:
-        """How many bytes a model sees of one sequence, and which option says so."""
-        return "data.context", self.context
+    def training_bytes(self) -> Bytes | None:
+        """The training files behind one another; None before ``setup()``."""
+        return self._bytes("training")
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads the files, once.
+    @property
+    def validation_bytes(self) -> Bytes | None:
+        """The validation files behind one another; None before ``setup()``."""
+        return self._bytes("validation")
+
+    def read(self) -> dict[str, Tokens]:
+        """Reads the files.
 
         Raises:
             ValueError: If the folder is missing or empty, or one side of the split has too few bytes.
         """
-        if self.training_bytes is not None:
-            return
         folder = resolve_folder(self.folder)
         found = find_files(folder, self.files, self.exclude)
         training, validation = split_files(found, self.validation_fraction)
-        parts = read_parts(folder, training)
-        sides = {"training": joined(parts), "validation": read_bytes(folder, validation)}
-        for name, needed in (("training", max(self.context + 1, 3)), ("validation", 2)):
-            if sides[name].size < needed:
+        sides = {}
+        wanted = (("training", training, max(self.context + 1, 3)), ("validation", validation, 2))
+        for side, names, needed in wanted:
+            parts = read_parts(folder, names)
+            ids = joined(parts)
+            if ids.size < needed:
                 raise ValueError(
-                    f"the data folder {str(folder)!r} gives {sides[name].size} {name} bytes, at least {needed} are "
-                    f"needed: of its {len(found)} files {len(training)} fell to training and {len(validation)} to "
-                    f"validation (validation_fraction {self.validation_fraction}); add files or change the fraction"
+                    f"the data folder {str(folder)!r} gives {ids.size} {side} bytes, at least {needed} are needed: of "
+                    f"its {len(found)} files {len(training)} fell to training and {len(validation)} to validation "
+                    f"(validation_fraction {self.validation_fraction}); add files or change the fraction"
                 )
-        self.counts = (len(training), len(validation))
-        self.training_lengths = [part.size for part in parts]
-        self.training_bytes, self.validation_bytes = sides["training"], sides["validation"]
+            bounds = np.cumsum([0, *(part.size for part in parts)])
+            sides[side] = Tokens(ids, bounds, ids.size, digest(ids))
+        return sides
 
-    def train_dataloader(self) -> Iterable[Any]:
-        """Batches from the step on at which the trainer stands."""
-        training = _loaded(self.training_bytes)
-        trainer = self.trainer
-        return TrainingWindows(
-            training,
-            context=self.context,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            rank=replica(trainer)[0],
-            start=0 if trainer is None else trainer.global_step * trainer.accumulate_grad_batches,
-        )
+    def source(self) -> str:
+        """The folder."""
+        return str(resolve_folder(self.folder))
 
-    def val_dataloader(self) -> ValidationWindows:
-        """All validation bytes."""
-        return ValidationWindows(_loaded(self.validation_bytes), context=self.context, streams=self.validation_streams)
-
-    def description(self) -> dict[str, str | int]:
-        """What was read, for the record: sizes, and fingerprints by which a later run knows the same data."""
-        training, validation = _loaded(self.training_bytes), _loaded(self.validation_bytes)
-        return {
-            "folder": str(resolve_folder(self.folder)),
-            "training_files": self.counts[0],
-            "training_bytes": training.size,
-            "training_digest": digest(training),
-            "validation_files": self.counts[1],
-            "validation_bytes": validation.size,
-            "validation_digest": digest(validation),
-        }
-
-
-def _loaded(data: Bytes | None) -> Bytes:
-    if data is None:
-        raise RuntimeError("the data is read by setup(), which was not called")
-    return data
+    def _bytes(self, side: str) -> Bytes | None:
+        found = self.sides.get(side)
+        return None if found is None else cast("Bytes", found.ids)

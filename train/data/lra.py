@@ -7,8 +7,6 @@ and grey images are read from the released data.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +30,7 @@ from seqzoo.train.data.examples import (
 from seqzoo.train.data.listops import TOKENS, Law, depth_oracle, generate, read_official
 from seqzoo.train.data.ragged import Ragged
 from seqzoo.train.data.released import Photographs, read_articles, read_photographs, read_reviews
-from seqzoo.train.data.shards import Shards, data_folder
+from seqzoo.train.data.shards import Shards, data_folder, folder_name
 
 SPLITS = ("training", "validation", "test")
 BYTES = 256
@@ -235,7 +233,7 @@ class ListOps(ClassificationData):
             labels = trees.labels[first : first + self.counts[number]]
             return {"tokens": trees.tokens[bounds[0] : bounds[-1]], "bounds": bounds - bounds[0], "labels": labels}
 
-        return Shards(self.cache / _name("listops", of), of, len(SPLITS), make)
+        return Shards(self.cache / folder_name("listops", of), of, len(SPLITS), make)
 
 
 class GeneratedPathfinder(ClassificationData):
@@ -323,7 +321,7 @@ class GeneratedPathfinder(ClassificationData):
             drawn = pathfinder.draw(self.data_seed, first, count, self.size, self.drawing)
             return {"pixels": drawn.pixels, "labels": drawn.labels.astype(np.uint8)}
 
-        return Shards(self.cache / _name(f"pathfinder-generated-{self.size}", of), of, len(pieces), make)
+        return Shards(self.cache / folder_name(f"pathfinder-generated-{self.size}", of), of, len(pieces), make)
 
 
 class Text(ClassificationData):
@@ -475,9 +473,3 @@ def _fraction(value: float) -> float:
 
 def _cache(folder: str | None) -> Path:
     return data_folder() if folder is None else Path(folder).expanduser()
-
-
-def _name(task: str, of: Mapping[str, Any]) -> str:
-    """The folder of what is described: different data never share one."""
-    text = json.dumps(of, sort_keys=True)
-    return f"{task}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"

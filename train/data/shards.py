@@ -44,17 +44,28 @@ class Shards:
         of: What the shards hold, as plain data.
         count: How many shards there are.
         make: Makes the arrays of a shard.
+        verify: Whether the checksums of what is there are compared; else its presence suffices.
 
     Raises:
         ValueError: If the folder holds other shards.
     """
 
-    def __init__(self, folder: Path, of: Mapping[str, Any], count: int, make: Callable[[int], Arrays]) -> None:
+    def __init__(
+        self, folder: Path, of: Mapping[str, Any], count: int, make: Callable[[int], Arrays], *, verify: bool = True
+    ) -> None:
         self.folder = folder
         self.of = json.loads(json.dumps(of))
         self.count = count
         self._make = make
+        self._verify = verify
         self._entries: dict[str, dict[str, str]] = {}
+
+    @classmethod
+    def named(
+        cls, parent: Path, task: str, of: Mapping[str, Any], count: int, make: Callable[[int], Arrays], *, verify: bool
+    ) -> Shards:
+        """Shards in the folder of what is described, of which no other data have one."""
+        return cls(parent / folder_name(task, of), of, count, make, verify=verify)
 
     def complete(self) -> None:
         """Makes what is missing; what is damaged is made anew, with a warning. A second process waits for the first."""
@@ -104,8 +115,10 @@ class Shards:
             path = self._path(name, number)
             if not path.is_file():
                 return f"{path.name} is missing"
+            if not self._verify:
+                continue
             with path.open("rb") as file:
-                found = _digest(file)
+                found = file_digest(file)
             if found != expected:
                 return f"{path.name} has another checksum than {MANIFEST} says"
         return "whole"
@@ -117,7 +130,7 @@ class Shards:
             with atomic_file(path, "wb", what="generated data") as file:
                 np.save(file, values, allow_pickle=False)
             with path.open("rb") as file:
-                entry[name] = _digest(file)
+                entry[name] = file_digest(file)
         self._entries[str(number)] = entry
         manifest = {"format": FORMAT, "of": self.of, "shards": self._entries}
         with atomic_file(self.folder / MANIFEST, what="the manifest of generated data") as file:
@@ -138,7 +151,14 @@ class Shards:
             yield
 
 
-def _digest(file: IO[bytes]) -> str:
+def folder_name(task: str, of: Mapping[str, Any]) -> str:
+    """The folder of what is described: different data never share one."""
+    text = json.dumps(of, sort_keys=True)
+    return f"{task}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+
+
+def file_digest(file: IO[bytes]) -> str:
+    """A fingerprint of what a file still holds, as 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     while piece := file.read(1 << 20):
         digest.update(piece)

@@ -1,4 +1,4 @@
-"""Batches of windows over bytes: for training drawn by number, for validation all of them in order."""
+"""Batches of windows over tokens: for training drawn by number, for validation all of them in order."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from seqzoo.train.baselines import Bytes
+from seqzoo.train.data.tokenised import Ids
 
 IGNORED = -100
 
@@ -33,57 +34,87 @@ class TrainingWindows:
     uninterrupted one would have seen, and there is no state to save.
 
     Args:
-        data: The training bytes.
-        context: Bytes that a window predicts.
+        data: The training tokens.
+        context: Tokens that a window predicts.
         batch_size: Windows of a batch.
         seed: Of the whole sequence of batches.
         rank: Of this process among those that read different data; each draws its own windows.
         start: Number of the first batch.
+        complement: Of every token that of the other strand of DNA; half of the windows are then read backwards there.
     """
 
     def __init__(
-        self, data: Bytes, *, context: int, batch_size: int, seed: int = 0, rank: int = 0, start: int = 0
+        self,
+        data: Ids,
+        *,
+        context: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        start: int = 0,
+        complement: NDArray[Any] | None = None,
     ) -> None:
         if data.size < context + 1:
-            raise ValueError(f"a window of context {context} needs {context + 1} training bytes, there are {data.size}")
-        # NumPy gathers these in a seventieth of the time that torch's indexing takes
-        self.windows = np.lib.stride_tricks.sliding_window_view(data, context + 1)
+            raise ValueError(
+                f"a window of context {context} needs {context + 1} training tokens, there are {data.size}"
+            )
+        self.data = data
+        self.width = context + 1
         self.batch_size = batch_size
         self.key = (seed, rank)
         self.start = start
+        self.complement = complement
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self.batch(number) for number in itertools.count(self.start))
 
     def batch(self, number: int) -> Tensor:
-        """uint8 ``(batch_size, context + 1)``: inputs are all but the last column, labels all but the first."""
+        """``(batch_size, context + 1)``: inputs are all but the last column, labels all but the first.
+
+        They are uint8 where that holds all tokens, else int64.
+        """
         # raw output of a bit generator, which NumPy keeps the same between versions; its distributions it does not
-        raw = np.random.PCG64(np.random.SeedSequence((*self.key, number))).random_raw(self.batch_size)
-        starts = (raw % np.uint64(self.windows.shape[0])).astype(np.int64)
-        return torch.from_numpy(self.windows[starts])
+        random = np.random.PCG64(np.random.SeedSequence((*self.key, number)))
+        raw = random.random_raw(self.batch_size)
+        starts = (raw % np.uint64(self.data.size - self.width + 1)).astype(np.int64).tolist()
+        rows = np.stack([self.data[start : start + self.width] for start in starts])
+        if self.complement is not None:
+            turn(rows, self.complement, random)
+        return as_batch(rows)
+
+
+def turn(rows: NDArray[Any], complement: NDArray[Any], random: np.random.PCG64) -> None:
+    """Replaces about half of the rows, at random, by what stands on the other strand, read backwards."""
+    turned = random.random_raw(len(rows)) >> np.uint64(63) == 1
+    rows[turned] = complement[rows[turned]][:, ::-1]
+
+
+def as_batch(rows: NDArray[Any]) -> Tensor:
+    """Rows of tokens as a tensor, uint8 where they are, else int64."""
+    return torch.from_numpy(rows if rows.dtype == np.uint8 else rows.astype(np.int64))
 
 
 class ValidationWindows:
-    """The validation bytes as a few parallel streams, cut into windows; with the state handed on each byte counts once.
+    """All tokens as a few parallel streams, cut into windows; with the state handed on each counts once.
 
-    Every byte but the first of all is a label exactly once, predicted from all bytes of its stream before it. Stream r
-    continues where stream r - 1 ends, so only the first bytes of a stream see less than they could.
+    Every token but the first of all is a label exactly once, predicted from all tokens of its stream before it. Stream
+    r continues where stream r - 1 ends, so only the first tokens of a stream see less than they could.
 
     Args:
-        data: The validation bytes.
+        data: The validation tokens.
         context: Width of a window.
         streams: Rows of a batch.
     """
 
-    def __init__(self, data: Bytes, *, context: int, streams: int) -> None:
+    def __init__(self, data: Ids, *, context: int, streams: int) -> None:
         labels = data.size - 1
         if labels < 1:
-            raise ValueError(f"validation needs at least 2 bytes, there are {data.size}")
+            raise ValueError(f"validation needs at least 2 tokens, there are {data.size}")
         streams = min(streams, labels)
-        self.data = torch.from_numpy(data)
+        self.data = data
         self.context = context
         self.length = -(-labels // streams)
-        self.starts = torch.arange(streams) * self.length
+        self.starts = [row * self.length for row in range(streams)]
 
     def __len__(self) -> int:
         return -(-self.length // self.context)
@@ -93,9 +124,11 @@ class ValidationWindows:
 
     def window(self, index: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels, int64 ``(streams, at most context)``; labels behind the end are ``IGNORED``."""
-        inside = torch.arange(index * self.context, min((index + 1) * self.context, self.length))
-        places = self.starts[:, None] + inside
-        last = self.data.shape[0] - 1
-        ids = self.data[places.clamp(max=last)].long()
-        labels = self.data[(places + 1).clamp(max=last)].long()
-        return ids, labels.masked_fill(places >= last, IGNORED)
+        first, last = index * self.context, min((index + 1) * self.context, self.length)
+        ids = np.zeros((len(self.starts), last - first), dtype=np.int64)
+        labels = np.full_like(ids, IGNORED)
+        for row, start in enumerate(self.starts):
+            read = self.data[start + first : start + last + 1]
+            width = max(read.size - 1, 0)
+            ids[row, :width], labels[row, :width] = read[:width], read[1:]
+        return torch.from_numpy(ids), torch.from_numpy(labels)
