@@ -29,6 +29,10 @@ of the run
   --checkpoint_steps N       steps between two, additionally
   --sequence_parallel N      of the processes that torchrun has started, N share each sequence, and the model's
                              parameters lie on all of them; each such group has batches of its own
+  --exchange NAME            how states come from process to process: chain (the default), allgather, hillis_steele or
+                             pipelined; what cannot do it takes the chain
+  --attention NAME           how attention runs: chain (the default), allgather, ulysses, ring or usp, of which
+                             --head_ranks N share the heads
 
 often wanted
   --model.config.d_model N   --model.config.n_layers N   --model.config.pattern NAME   --model.lr X

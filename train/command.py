@@ -64,6 +64,7 @@ def start(request: Request, console: Console) -> int:
     cli = TrainingCLI(combine(request.configurations), request.overrides)
     processes = Processes.started(cli.config.sequence_parallel)
     check_data(cli, processes)
+    cli.check_ways(processes)
     if processes is None:
         run = RunFolder.create(Path(cli.config.runs), cli.config.name)
     else:

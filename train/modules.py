@@ -19,7 +19,7 @@ from seqzoo.train.data.packed_documents import PackedBatch
 from seqzoo.train.data.windows import IGNORED, replica
 from seqzoo.train.finite import check_finite
 from seqzoo.train.optimisation import OptimisedModule
-from seqzoo.train.strategy import own_tokens, total
+from seqzoo.train.strategy import SequenceParallelStrategy, own_tokens, total
 
 
 class LanguageModeling(OptimisedModule):
@@ -86,7 +86,9 @@ class LanguageModeling(OptimisedModule):
     def configure_model(self) -> None:
         """Divides the model among the processes of a mesh, where the strategy has made one."""
         if self.device_mesh is not None and not self._divided:
-            shard_model(self.model, self.device_mesh)
+            strategy = self.trainer.strategy
+            ways = strategy.ways if isinstance(strategy, SequenceParallelStrategy) else {}
+            shard_model(self.model, self.device_mesh, **ways)
             self._divided = True
 
     def training_step(self, batch: Tensor | PackedBatch, batch_idx: int) -> dict[str, Tensor]:

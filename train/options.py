@@ -14,12 +14,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from seqzoo.mixer import nearest
+from seqzoo.parallel.parallelize import Attention, Choices, Exchange, check_model
 from seqzoo.train.configuration import ConfigurationError, flatten, merge, to_yaml
 from seqzoo.train.processes import Processes
 from seqzoo.train.strategy import SequenceParallelStrategy
 
 # the sections that are built from a class, and what the class must be
 SECTIONS = {"model": lightning.LightningModule, "data": lightning.LightningDataModule}
+# how processes share a sequence
+WAYS: dict[str, Any] = {"exchange": "chain", "attention": "chain", "head_ranks": None}
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
     "max_steps": -1,
@@ -124,7 +127,7 @@ class TrainingCLI(LightningCLI):
                 raise ConfigurationError(
                     f"sequence_parallel brings its own strategy; leave trainer.strategy out, got {own.strategy!r}"
                 )
-            several["strategy"] = SequenceParallelStrategy(processes.sequence_parallel)
+            several["strategy"] = SequenceParallelStrategy(processes.sequence_parallel, **self.ways())
             several["devices"], several["num_nodes"] = processes.local_size, processes.machines
         with _one_message():
             return self.instantiate_trainer(
@@ -134,6 +137,26 @@ class TrainingCLI(LightningCLI):
                 plugins=[*plugins, *_several(own.plugins)],
                 default_root_dir=folder,
             )
+
+    def ways(self) -> dict[str, Any]:
+        """How states come from process to process, as :class:`SequenceParallelStrategy` takes it."""
+        return {name: getattr(self.config, name) for name in WAYS}
+
+    def check_ways(self, processes: Processes | None) -> None:
+        """Raises ConfigurationError unless the processes can run the model so."""
+        ways = self.ways()
+        changed = [name for name, default in WAYS.items() if ways[name] != default]
+        if processes is None:
+            if changed:
+                raise ConfigurationError(
+                    f"{changed[0]} says how processes share a sequence; give --sequence_parallel N too, got "
+                    f"{changed[0]}={ways[changed[0]]!r} alone"
+                )
+            return
+        try:
+            check_model(self.model.model, Choices(**ways), processes.sequence_parallel, processes.rank)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
 
     def text(self) -> str:
         """The exact configuration, every default written out, as YAML that ``--config`` takes."""
@@ -157,6 +180,13 @@ def add_run_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--sequence_parallel", type=int | None, default=None, help="processes of torchrun that share a sequence"
     )
+    parser.add_argument(
+        "--exchange", type=Exchange, default=WAYS["exchange"], help="how states come from process to process"
+    )
+    parser.add_argument(
+        "--attention", type=Attention, default=WAYS["attention"], help="how attention over several processes runs"
+    )
+    parser.add_argument("--head_ranks", type=int | None, default=WAYS["head_ranks"], help="of usp, share the heads")
 
 
 def class_path(of: type) -> str:

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from seqzoo.parallel import Plan, training_mesh
+from seqzoo.parallel.parallelize import Attention, Choices, Exchange
 from seqzoo.parallel.recipe import check_sizes
 from seqzoo.train.processes import TIMEOUT
 from seqzoo.train.sharded_checkpoints import load_into, write_shards
@@ -20,10 +21,10 @@ class SequenceParallelStrategy(ModelParallelStrategy):
     """Trains with neighbours of ``sequence_parallel`` processes sharing each sequence, and their groups the data.
 
     A module's ``configure_model`` finds the mesh as ``self.device_mesh`` and calls
-    :func:`seqzoo.parallel.shard_model`; its ``training_step`` takes its share of a batch by :func:`own_tokens` and
-    returns its share of the loss, as :class:`seqzoo.train.modules.LanguageModeling` does. Samplers divide the data
-    among groups, not processes: all processes of a group get the same batches. Start the script with torchrun, and give
-    the trainer as many ``devices`` as there are processes on a machine::
+    :func:`seqzoo.parallel.shard_model` with the strategy's :attr:`ways`; its ``training_step`` takes its share of a
+    batch by :func:`own_tokens` and returns its share of the loss, as :class:`seqzoo.train.modules.LanguageModeling`
+    does. Samplers divide the data among groups, not processes: all processes of a group get the same batches. Start the
+    script with torchrun, and give the trainer as many ``devices`` as there are processes on a machine::
 
         trainer = Trainer(accelerator="cpu", devices=4, strategy=SequenceParallelStrategy(sequence_parallel=2))
 
@@ -32,19 +33,37 @@ class SequenceParallelStrategy(ModelParallelStrategy):
 
     Args:
         sequence_parallel: Processes that share a sequence; it divides their number.
+        exchange: As of :func:`seqzoo.parallel.parallelize`, like the next two.
+        attention: How softmax attention runs.
+        head_ranks: For ``"usp"``.
         process_group_backend: As torch.distributed names it; None means gloo on a CPU, NCCL on GPUs.
         timeout: After which a process that waits for another gives up.
 
     Raises:
-        ValueError: If ``sequence_parallel`` is no positive integer.
+        ValueError: If ``sequence_parallel`` is no positive integer, or another option has an unknown value.
     """
 
     def __init__(
-        self, sequence_parallel: int, *, process_group_backend: str | None = None, timeout: timedelta = TIMEOUT
+        self,
+        sequence_parallel: int,
+        *,
+        exchange: Exchange = "chain",
+        attention: Attention = "chain",
+        head_ranks: int | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = TIMEOUT,
     ) -> None:
         check_sizes(0, sequence_parallel)
+        Choices(exchange, attention, head_ranks)
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.sequence_parallel = sequence_parallel
+        self.exchange: Exchange = exchange
+        self.attention, self.head_ranks = attention, head_ranks
+
+    @property
+    def ways(self) -> dict[str, Any]:
+        """How states come from process to process: options of :func:`seqzoo.parallel.shard_model`."""
+        return {"exchange": self.exchange, "attention": self.attention, "head_ranks": self.head_ranks}
 
     def _configure_launcher(self) -> None:
         """Nothing to launch.

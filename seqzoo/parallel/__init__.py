@@ -1,11 +1,11 @@
 """Sequence parallel: one sequence, or packed ones, on several ranks."""
 
-from seqzoo.parallel.attention import Layout as Layout
 from seqzoo.parallel.attention import attention_payload as attention_payload
 from seqzoo.parallel.attention import parallel_attention as parallel_attention
-from seqzoo.parallel.attention import zigzag as zigzag
 from seqzoo.parallel.exchange import SequenceParallelError as SequenceParallelError
 from seqzoo.parallel.exchange import keep_exchanges as keep_exchanges
+from seqzoo.parallel.layout import Layout as Layout
+from seqzoo.parallel.layout import zigzag as zigzag
 from seqzoo.parallel.loss import next_tokens as next_tokens
 from seqzoo.parallel.parallelize import exchanges_of as exchanges_of
 from seqzoo.parallel.parallelize import parallelize as parallelize

@@ -21,7 +21,11 @@ _Result = TypeVar("_Result")
 
 
 class SequenceParallelError(RuntimeError):
-    """Raised when ranks fail to exchange what a mixer hands on: one has died, stalled, or does something else."""
+    """Raised when ranks fail to exchange what a mixer hands on: one has died, stalled, or does something else.
+
+    Under NCCL, whose waits do not stop a process, its watchdog ends the process instead; with the environment's
+    ``TORCH_NCCL_BLOCKING_WAIT=1`` it is this error there too.
+    """
 
 
 # -- recomputation --
@@ -383,7 +387,8 @@ def anchor_of(x: Tensor) -> Tensor:
     return x.new_zeros((), requires_grad=torch.is_grad_enabled())
 
 
-def _form(value: Tensor) -> Form:
+def form_of(value: Tensor) -> Form:
+    """A tensor's shape and dtype."""
     return tuple(value.shape), value.dtype
 
 
@@ -393,7 +398,7 @@ def _is_differentiable(form: Form) -> bool:
 
 def differentiable(value: Tensor) -> bool:
     """Whether gradients exist for a tensor's dtype."""
-    return _is_differentiable(_form(value))
+    return _is_differentiable(form_of(value))
 
 
 def _spread(gradients: Sequence[Tensor], kinds: Sequence[bool]) -> list[Tensor | None]:
@@ -402,7 +407,7 @@ def _spread(gradients: Sequence[Tensor], kinds: Sequence[bool]) -> list[Tensor |
     return [next(remaining) if kind else None for kind in kinds]
 
 
-def _filled(gradients: Sequence[Tensor | None], forms: Sequence[Form], device: torch.device) -> list[Tensor]:
+def filled(gradients: Sequence[Tensor | None], forms: Sequence[Form], device: torch.device) -> list[Tensor]:
     """Gradients of what is differentiable, zero where autograd has none."""
     return [
         torch.zeros([size or 0 for size in shape], dtype=dtype, device=device) if gradient is None else gradient
@@ -421,18 +426,18 @@ class _Enter(torch.autograd.Function):
         received = once_a_forward(
             lambda: wire.group.receive(forms_of(wire.spec), x.device, source, wire.mixer, "the state")
         )
-        ctx.wire, ctx.forms, ctx.x = wire, [_form(value) for value in received], (_form(x), x.device)
-        ctx.mark_non_differentiable(*(value for value in received if not _is_differentiable(_form(value))))
+        ctx.wire, ctx.forms, ctx.x = wire, [form_of(value) for value in received], (form_of(x), x.device)
+        ctx.mark_non_differentiable(*(value for value in received if not _is_differentiable(form_of(value))))
         return x.view_as(x), *received
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore - torch types no arity
         wire, (form, device) = ctx.wire, ctx.x
-        values = _filled(gradients, ctx.forms, device)
+        values = filled(gradients, ctx.forms, device)
         if values:
             what = "the gradient of the state"
-            wire.group.send(values, [_form(value) for value in values], wire.source, wire.mixer, what)
-        return None, None, *_filled([grad_x], [form], device)
+            wire.group.send(values, [form_of(value) for value in values], wire.source, wire.mixer, what)
+        return None, None, *filled([grad_x], [form], device)
 
 
 class _Leave(torch.autograd.Function):
@@ -442,10 +447,10 @@ class _Leave(torch.autograd.Function):
         n_sent = len(wire.spec) if wire.target is not None else 0
         sent, held = values[:n_sent], values[n_sent:]
         blocks = once_a_forward(lambda: _hand_on(wire, sent, held, y.device))
-        ctx.wire, ctx.y = wire, (_form(y), y.device)
-        ctx.sent, ctx.n_held = [_form(value) for value in sent], len(held)
-        ctx.blocks = [_form(value) for value in blocks]
-        ctx.mark_non_differentiable(*(value for value in blocks if not _is_differentiable(_form(value))))
+        ctx.wire, ctx.y = wire, (form_of(y), y.device)
+        ctx.sent, ctx.n_held = [form_of(value) for value in sent], len(held)
+        ctx.blocks = [form_of(value) for value in blocks]
+        ctx.mark_non_differentiable(*(value for value in blocks if not _is_differentiable(form_of(value))))
         return y.view_as(y), *blocks
 
     @staticmethod
@@ -455,7 +460,7 @@ class _Leave(torch.autograd.Function):
         held: list[Tensor | None] = [None] * ctx.n_held
         for index, (owner, _) in enumerate(wire.shared):
             part = slice(index * count, (index + 1) * count)
-            sums = wire.group.add_up(_filled(gradients[part], ctx.blocks[part], device), owner, wire.mixer)
+            sums = wire.group.add_up(filled(gradients[part], ctx.blocks[part], device), owner, wire.mixer)
             if sums is not None and owner == wire.group.rank:
                 held = _spread(sums, [_is_differentiable(one) for one in ctx.blocks[part]])
         sent: list[Tensor | None] = [None] * len(ctx.sent)
@@ -464,7 +469,7 @@ class _Leave(torch.autograd.Function):
             what = "the gradient of the state"
             received = wire.group.receive(forms, device, wire.target, wire.mixer, what)
             sent = _spread(received, [_is_differentiable(one) for one in ctx.sent])
-        return None, None, *_filled([grad_y], [form], device), *sent, *held
+        return None, None, *filled([grad_y], [form], device), *sent, *held
 
 
 def _hand_on(wire: Wire, sent: Sequence[Tensor], held: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -21,7 +21,7 @@ from seqzoo.models.block import Block
 from seqzoo.models.language_model import LanguageModel
 from seqzoo.modules.linear_cross_entropy import IGNORED
 from seqzoo.parallel.exchange import Group, keep_exchanges, once_a_forward
-from seqzoo.parallel.parallelize import Exchange, parallelize
+from seqzoo.parallel.parallelize import Attention, Exchange, parallelize
 
 DIMENSIONS = ("data_parallel", "sequence_parallel")
 PARAMETERS = ("sharded", "replicated")
@@ -68,7 +68,8 @@ def shard_model(
     *,
     parameters: Literal["sharded", "replicated"] = "sharded",
     exchange: Exchange = "chain",
-    attention: Literal["chain", "allgather", "ulysses", "ring", "usp"] = "chain",
+    attention: Attention = "chain",
+    head_ranks: int | None = None,
 ) -> nn.Module:
     """Makes a model train on several sequences at once, each of which lies on several ranks, in place.
 
@@ -107,7 +108,7 @@ def shard_model(
         mesh: Two dimensions, ``"data_parallel"`` and ``"sequence_parallel"``, as :func:`training_mesh` makes it; either
             may be of size 1.
         parameters: ``"sharded"`` (FSDP2) or ``"replicated"`` (DistributedDataParallel; a LanguageModel's loss alone).
-        exchange: As of :func:`parallelize`, like ``attention``.
+        exchange: As of :func:`parallelize`, like ``attention`` and ``head_ranks``.
 
     Returns:
         The model.
@@ -128,7 +129,7 @@ def shard_model(
         names = "a LanguageModel" if parameters == "replicated" else "a LanguageModel or a Backbone"
         raise TypeError(f"parameters={parameters!r} takes {names}, got {type(model).__name__}")
     check_dtypes(model)
-    parallelize(model, mesh["sequence_parallel"], exchange=exchange, attention=attention)
+    parallelize(model, mesh["sequence_parallel"], exchange=exchange, attention=attention, head_ranks=head_ranks)
     backbone = model.backbone if isinstance(model, LanguageModel) else model
     for block in backbone.blocks:
         copied = parameters == "sharded" and mesh.device_type == "cpu"

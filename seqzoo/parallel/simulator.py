@@ -31,6 +31,7 @@ from seqzoo.models.memory import kept_bytes
 from seqzoo.models.parallel_mixers import ParallelMixers
 from seqzoo.models.presets import preset
 from seqzoo.modules.attention import AttentionMixer
+from seqzoo.modules.options import check_count
 from seqzoo.parallel.attention import Method, attention_payload
 from seqzoo.parallel.exchange import forms_of, message_bytes
 from seqzoo.parallel.parallelize import payload_bytes
@@ -41,6 +42,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SUFFIXES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 # tokens on which the memory of activations is measured
 PROBE = 256
+# beyond, who sees whom, which is worked out for every pair, takes more than minutes
+MOST_RANKS = 4096
 
 
 @dataclass(frozen=True)
@@ -282,11 +285,13 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
     options = parser().parse_args(arguments)
     try:
-        inside = options.ranks <= options.per_node
-        latency, bandwidth = (
-            (options.node_latency, options.node_bandwidth) if inside else (options.latency, options.bandwidth)
-        )
-        link = Link(latency / 1e6, bandwidth * 1e9)
+        for name in ("per_node", "batch_size"):
+            check_count(name, getattr(options, name))
+        if options.ranks > MOST_RANKS:
+            raise ValueError(f"ranks must be at most {MOST_RANKS:,}, got {options.ranks:,}")
+        inside = Link(options.node_latency / 1e6, options.node_bandwidth * 1e9)
+        beyond = Link(options.latency / 1e6, options.bandwidth * 1e9)
+        link = inside if options.ranks <= options.per_node else beyond
         plan = Plan.balanced(options.tokens, options.ranks, options.ranks // 2)
         found = estimate(mixers_of(options), plan, link, batch_size=options.batch_size)
         sys.stdout.write(table(found, plan, link))
@@ -305,7 +310,7 @@ def mixers_of(options: argparse.Namespace) -> list[SequenceMixer]:
     changed = {"d_model": options.d_model, "n_layers": options.n_layers}
     changed = {name: value for name, value in changed.items() if value is not None}
     try:
-        config = preset(options.model).config(**changed)
+        known = preset(options.model)
     except ValueError as unknown:
         try:
             build_mixer(options.model, 16)
@@ -313,6 +318,8 @@ def mixers_of(options: argparse.Namespace) -> list[SequenceMixer]:
             raise ValueError(f"--model is neither a preset ({unknown}) nor a mixer ({error})") from None
         values = {"vocab_size": 256, "d_model": 512, "n_layers": 1, **changed}
         config = ModelConfig(pattern=options.model, **values)
+    else:
+        config = known.config(**changed)
     return [build_mixer(layer.mixer, config.d_model).to(DTYPES[options.dtype]) for layer in config.layers()]
 
 

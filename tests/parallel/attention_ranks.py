@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import runpy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,20 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from seqzoo.modules.key_values import attend_to_cache, attend_to_ring
 from seqzoo.ops import attention, backend
 from seqzoo.packing import Packing
-from seqzoo.parallel import Plan, keep_exchanges
-from seqzoo.parallel.attention import (
-    Layout,
-    Method,
-    attention_payload,
-    parallel_attention,
-    parallel_state,
-    zigzag,
-)
+from seqzoo.parallel import Layout, Plan, attention_payload, keep_exchanges, parallel_attention, zigzag
+from seqzoo.parallel.attention import Method, parallel_state
 from seqzoo.parallel.exchange import Group
-from seqzoo.testing import boundaries, inputs
+from seqzoo.testing import boundaries
 
 ranks = runpy.run_path(str(Path(__file__).with_name("ranks.py")))
-case = ranks["case"]
+case, inputs = ranks["case"], ranks["inputs"]
 
 
 @dataclass(frozen=True)
@@ -385,19 +378,5 @@ def refused(mesh: DeviceMesh, rank: int) -> None:
     assert not seen
 
 
-@case
-def lost(mesh: DeviceMesh, rank: int, method: Method, when: str, deed: str) -> None:
-    """A call in which rank 1 dies or stalls."""
-    q, k, v = (inputs((1, 3, 4, 4), torch.float64).requires_grad_() for _ in range(3))
-    plan = Plan.of([3] * mesh.size(), rank)
-    misbehave: Callable[..., Any] = ranks["misbehave"]
-    o, _ = misbehave(
-        rank == 1 and when == "forward",
-        deed,
-        lambda: parallel_attention(group_of(mesh, rank), plan, q, k, v, method=method, causal=False, mixer="Mixer"),
-    )
-    misbehave(rank == 1 and when == "backward", deed, o.sum().backward)
-
-
 if __name__ == "rank":
-    ranks["serve"](connection, rank, size, store, timeout)  # noqa: F821 - given by the pool  # pyright: ignore
+    ranks["serve"](connection, rank, size, store, timeout, device)  # noqa: F821 - given by the pool  # pyright: ignore

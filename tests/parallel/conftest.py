@@ -1,4 +1,8 @@
-"""A pool of ranks: processes under gloo on this machine, started once, that run cases one after another."""
+"""A pool of ranks: processes on this machine, started once, that run cases one after another.
+
+They are under gloo, or with ``--device cuda`` under NCCL, each on a GPU of its own; tests of more ranks than there are
+GPUs are skipped.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-RANKS = str(Path(__file__).with_name("ranks.py"))
+HERE = Path(__file__).parent
 
 
 class Failure(Exception):
@@ -30,10 +35,14 @@ class Pool:
         size: How many.
         store: A file that does not exist yet, through which they find one another.
         timeout: Seconds after which a rank stops waiting for another.
+        cases: The file that each of them executes.
+        device: Where their tensors are, ``"cpu"`` or ``"cuda"``.
     """
 
-    def __init__(self, size: int, store: Path, timeout: float) -> None:
-        self.size, self.store, self.timeout, self.starts = size, store, timeout, 0
+    def __init__(self, size: int, store: Path, timeout: float, cases: str = "ranks.py", device: str = "cpu") -> None:
+        self.size = size if device == "cpu" else min(size, torch.cuda.device_count())
+        self.store, self.timeout, self.starts, self.device = store, timeout, 0, device
+        self.cases = str(HERE / cases)
         self.restart()
 
     def restart(self) -> None:
@@ -45,8 +54,9 @@ class Pool:
         for rank in range(self.size):
             here, there = context.Pipe()
             given = {"connection": there, "rank": rank, "size": self.size, "timeout": self.timeout}
+            given["device"] = self.device
             given["store"] = f"{self.store}{self.starts}"
-            process = context.Process(target=runpy.run_path, args=(RANKS, given, "rank"), daemon=True)
+            process = context.Process(target=runpy.run_path, args=(self.cases, given, "rank"), daemon=True)
             process.start()
             there.close()
             self.processes.append(process)
@@ -60,6 +70,8 @@ class Pool:
         return self.connections[rank].recv()
 
     def start(self, name: str, ranks: int, options: list[dict[str, Any]]) -> None:
+        if ranks > self.size:
+            pytest.skip(f"{ranks} ranks need as many GPUs, there are {self.size}")
         for connection, own in zip(self.connections[:ranks], options, strict=True):
             connection.send((name, ranks, own))
 
@@ -102,20 +114,35 @@ class Pool:
             process.join(10)
 
 
-@pytest.fixture(scope="session")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    ranks = Pool(4, tmp_path_factory.mktemp("ranks") / "store", 60)
+def running(folder: pytest.TempPathFactory, device: torch.device, cases: str) -> Iterator[Pool]:
+    """Four ranks for as long as tests need them."""
+    ranks = Pool(4, folder.mktemp("ranks") / "store", 60, cases, device.type)
     yield ranks
     ranks.stop()
 
 
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Iterator[Pool]:
+    yield from running(tmp_path_factory, device, "ranks.py")
+
+
+@pytest.fixture(scope="module")
+def attention_pool(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Iterator[Pool]:
+    yield from running(tmp_path_factory, device, "attention_ranks.py")
+
+
+@pytest.fixture(scope="session")
+def recipe_pool(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Iterator[Pool]:
+    yield from running(tmp_path_factory, device, "recipe_ranks.py")
+
+
 @pytest.fixture
-def make_pool(tmp_path: Path) -> Iterator[Callable[[int, float], Pool]]:
+def make_pool(tmp_path: Path, device: torch.device) -> Iterator[Callable[[int, float], Pool]]:
     """Makes pools for tests that break theirs."""
     made: list[Pool] = []
 
     def make(size: int, timeout: float) -> Pool:
-        made.append(Pool(size, tmp_path / f"store{len(made)}", timeout))
+        made.append(Pool(size, tmp_path / f"store{len(made)}", timeout, device=device.type))
         return made[-1]
 
     yield make

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import os
 import signal
 import time
@@ -17,13 +19,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from seqzoo import create
+from seqzoo import create, testing
 from seqzoo.layers import Bidirectional
 from seqzoo.models import ClassifierConfig, LanguageModel, ModelConfig, SequenceClassifier
 from seqzoo.models.parallel_mixers import ParallelMixers
-from seqzoo.ops import linear_scan
+from seqzoo.ops import checks, linear_scan
 from seqzoo.parallel import (
     Plan,
     exchanges_of,
@@ -36,7 +40,7 @@ from seqzoo.parallel import (
 from seqzoo.parallel.exchange import Group
 from seqzoo.parallel.ops import ParallelOps, answered_by
 from seqzoo.parallel.transports import TRANSPORTS
-from seqzoo.testing import boundaries, differentiable, inputs, parameters_of, random_state, subjects
+from seqzoo.testing import boundaries, differentiable, parameters_of, random_state, subjects
 
 # places of a cache that are given cotangents, more than any has
 PLACES = 64
@@ -46,6 +50,11 @@ CASES: dict[str, Callable[..., Any]] = {}
 def case(function: Callable[..., Any]) -> Callable[..., Any]:
     CASES[function.__name__] = function
     return function
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+    """As seqzoo.testing's, on this rank's device."""
+    return testing.inputs(shape, dtype, torch.get_default_device(), seed)
 
 
 def cotangents(state: dict[str, torch.Tensor], spec: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
@@ -207,14 +216,15 @@ def training(mesh: DeviceMesh, rank: int, **options: Any) -> Any:
 @case
 def sharded_parameters(mesh: DeviceMesh, rank: int) -> Any:
     """One step of two data-parallel replicas of two ranks each, whose parameters FSDP2 shards over all four."""
-    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "sequence_parallel"))
+    names = ("data_parallel", "sequence_parallel")
+    both = init_device_mesh(mesh.device_type, (2, 2), mesh_dim_names=names)
     model = parallelize(language_model(), both["sequence_parallel"])
     flat = both._flatten("data_sequence")
     for part in (*model.backbone.blocks, model):
         fully_shard(part, mesh=flat)
         # gradients of shares are added up, not averaged
         part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)
+        part.set_force_sum_reduction_for_comms(mesh.device_type == "cpu")
     register_fsdp_forward_method(model, "loss")
     ids, labels, _ = tokens(both.get_local_rank(0), (13,), False)
     plan = Plan.of((9, 4), both.get_local_rank(1))
@@ -231,6 +241,42 @@ def logits(mesh: DeviceMesh, rank: int, counts: tuple[int, ...]) -> Any:
         y, state = model(Plan.of(counts, rank).shard(ids), return_state=True)
         after, _ = model.step(ids[:, 0], state)
     return {"y": y.numpy(), "final step": after.numpy()}
+
+
+@functools.cache
+def trained(ranks: int, exchange: str, length: int) -> Any:
+    """What takes a training step of a model on one sequence, which ``ranks`` share."""
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=256, d_model=64, n_layers=4, pattern=["mamba", "gated_deltanet"]))
+    device = torch.get_default_device().type
+    mesh = DeviceMesh(device, list(range(ranks)), mesh_dim_names=("sequence_parallel",))
+    plan = Plan.balanced(length, ranks, dist.get_rank())
+    ids = torch.randint(0, 256, (1, length))
+    ids, labels = plan.shard(ids), plan.shard(next_tokens(ids))
+    if ranks > 1:
+        parallelize(model, mesh, exchange=exchange)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = model.loss(ids, labels, cu_seqlens=plan if ranks > 1 else None)
+        loss.backward()
+        if ranks > 1:
+            sum_gradients(model)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+@case
+def measured_step(mesh: DeviceMesh, rank: int, exchange: str, length: int) -> float:
+    """The loss of a step, without filling memory, which would be measured too."""
+    torch.use_deterministic_algorithms(False)
+    try:
+        return trained(mesh.size(), exchange, length)()
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 # -- exchanges --
@@ -337,6 +383,23 @@ def turned_scan(mesh: DeviceMesh, rank: int, exchange: str, cases: list[Any]) ->
     return [reverse_scan(mesh, rank, *one, exchange) for one in cases]
 
 
+class Collectives(TorchDispatchMode):
+    """Counts what ranks call of torch.distributed.
+
+    As PyTorch's CommDebugMode, whose hooks on modules fail inside a mixer that stands alone, and which knows no
+    messages to single ranks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.calls[str(func.overloadpacket).removeprefix("c10d.")] += 1
+        return func(*args, **(kwargs or {}))
+
+
 @case
 def payload(
     mesh: DeviceMesh,
@@ -348,7 +411,7 @@ def payload(
     final: bool,
     exchange: str,
 ) -> Any:
-    """Calls and bytes that a rank begins to send, forward and backward, and what the formula says."""
+    """Calls and bytes that a rank begins to send, forward and backward, what the formula says, and collectives."""
     mixer = create(mixer_name, d_model=16, **options).double()
     bounds = None if lengths is None else boundaries(lengths)
     plan = Plan.of(counts, rank, bounds)
@@ -369,11 +432,13 @@ def payload(
     with pytest.MonkeyPatch.context() as patch:
         for method in ("all_gather", "post"):
             patch.setattr(Group, method, weighing(getattr(Group, method)))
-        y, after = mixer(inputs((batch, counts[rank], 16), torch.float64), cu_seqlens=plan, return_state=final)
+        with Collectives() as there:
+            y, after = mixer(inputs((batch, counts[rank], 16), torch.float64), cu_seqlens=plan, return_state=final)
         loss = y.sum() + sum(value.sum() for value in (after or {}).values())
         direction = "backward"
-        loss.backward()
-    return dict(sent), formula
+        with Collectives() as back:
+            loss.backward()
+    return dict(sent), formula, [dict(seen.calls) for seen in (there, back)]
 
 
 @case
@@ -438,7 +503,7 @@ def narrow(mesh: DeviceMesh, rank: int, label: str, autocast: bool, exchange: st
         given = plan.shard(source) if parallel else source
         if parallel:
             parallelize(mixer, mesh, exchange=exchange)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype != torch.float64):
+        with torch.autocast(mesh.device_type, torch.bfloat16, enabled=autocast and dtype != torch.float64):
             y, after = mixer(given, state, cu_seqlens=bounds, return_state=True)
         # one rank gives the state its cotangent
         loss = y.float().square().sum() + (rank == 0 or not parallel) * sum(v.float().sum() for v in after.values())
@@ -495,7 +560,7 @@ def refusals(mesh: DeviceMesh, rank: int) -> None:
     with pytest.raises(ValueError, match="exchange must be one of"):
         parallelize(create("min_gru", d_model=16), mesh, exchange="ring")
     with pytest.raises(
-        ValueError, match=r"Attention cannot exchange by 'allgather': its tokens .* use exchange='chain'"
+        ValueError, match=rf"Attention on rank {rank} of 3 cannot exchange by 'allgather': its .* use exchange='chain'"
     ):
         parallelize(language_model(), mesh, exchange="allgather", strict=True)
     with pytest.raises(ValueError, match="MixtureOfMemories cannot exchange by 'pipelined': it takes hard decisions"):
@@ -535,48 +600,86 @@ def refusals(mesh: DeviceMesh, rank: int) -> None:
     with pytest.raises(ValueError, match="a sequence of 60 tokens is longer than max_positions, 40"):
         model(torch.zeros(1, 60 // size, dtype=torch.int64))
     # these all ranks notice, after the counts are gathered
-    with pytest.raises(ValueError, match="all ranks must give one batch size"):
+    with pytest.raises(ValueError, match="all ranks must give LanguageModel one batch size"):
         model(torch.zeros(1 + rank, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="cu_seqlens must end at the number of tokens"):
         model(ids, cu_seqlens=torch.tensor([0, 3 * size + 1], dtype=torch.int32))
 
 
 @case
-def fault(mesh: DeviceMesh, rank: int, deed: str, when: str) -> None:
-    """A training step in which rank 1 dies or stalls."""
-    mixer = parallelize(create("min_gru", d_model=16).double(), mesh)
-    y, final = misbehave(
-        rank == 1 and when == "forward",
-        deed,
-        lambda: mixer(
-            inputs((1, 3, 16), torch.float64), cu_seqlens=Plan.of([3] * mesh.size(), rank), return_state=True
-        ),
-    )
-    loss = y.sum() + final["h"].sum()
+def fault(mesh: DeviceMesh, rank: int, deed: str, when: str, mixer: str, way: dict[str, Any]) -> None:
+    """A training step in which rank 1 dies, stalls or has a token less than the plan says."""
+    options = {"n_heads": 4} if mixer == "attention" else {}
+    subject = parallelize(create(mixer, d_model=16, **options).double(), mesh, **way)
+    plan = Plan.of([3] * mesh.size(), rank)
+    x = inputs((1, 2 if rank == 1 and deed == "short" else 3, 16), torch.float64)
+    y, final = misbehave(rank == 1 and when == "forward", deed, lambda: subject(x, cu_seqlens=plan, return_state=True))
+    loss = y.sum() + sum(value.sum() for value in final.values())
     misbehave(rank == 1 and when == "backward", deed, loss.backward)
 
 
 def misbehave(guilty: bool, deed: str, run: Callable[[], Any]) -> Any:
     if guilty and deed == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if guilty:
+    if guilty and deed == "stalled":
         time.sleep(3600)
     return run()
+
+
+@case
+def disagreement(mesh: DeviceMesh, rank: int) -> None:
+    """What ranks notice under checks, all of them and before the mixer runs."""
+    model = parallelize(language_model(), mesh, exchange="allgather")
+    size, ids = mesh.size(), torch.zeros(1, 4, dtype=torch.int64)
+    counts = [4] * size
+    others = [3, 5, *counts[2:]]
+    bounds = [0, 5, 4 * size]
+    with checks():
+        model(ids, cu_seqlens=Plan.of(counts, rank))
+        with pytest.raises(ValueError, match=r"or the same plan, but rank 1 gives .* a plan \(hash .*, rank 0 gives"):
+            model(ids[:, : 3 if rank == 0 else 4], cu_seqlens=Plan.of(counts if rank else others, rank))
+        with pytest.raises(ValueError, match="rank 2 gives B = 1, 3 boundaries"):
+            model(ids, cu_seqlens=Plan.of(counts, rank, bounds if rank == 2 else None))
+        with pytest.raises(ValueError, match=r"rank 2 gives .* and no plan, rank 0 gives"):
+            model(ids, cu_seqlens=None if rank == 2 else Plan.of(counts, rank))
+        with pytest.raises(ValueError, match="the plan gives rank 1 4 tokens, the input of LanguageModel there has 3"):
+            model(ids[:, : 3 if rank == 1 else 4], cu_seqlens=Plan.of(counts, rank))
 
 
 # -- the process --
 
 
-def serve(connection: Any, rank: int, size: int, store: str, timeout: float) -> None:
+class OnGPU(TorchFunctionMode):
+    """Draws what cases draw with a generator on the CPU, as one process does, and makes arrays there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.numpy:
+            return func(args[0].cpu(), **kwargs)
+        if kwargs.get("generator") is not None:
+            return func(*args, **{**kwargs, "device": "cpu"}).to(torch.get_default_device())
+        return func(*args, **kwargs)
+
+
+def serve(connection: Any, rank: int, size: int, store: str, timeout: float, device: str) -> None:
     """Answers ``(case, ranks that take part, options)`` until told to stop."""
     torch.set_num_threads(1)
+    if device == "cuda":
+        # a wait that ends in an error here, not in the end of the process
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
+        torch.cuda.set_device(rank)
+        torch.set_default_device(torch.device("cuda", rank))
     # torch.empty is poisoned
     torch.use_deterministic_algorithms(True, warn_only=True)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
     )
     names = ("sequence_parallel",)
-    meshes = {ranks: DeviceMesh("cpu", list(range(ranks)), mesh_dim_names=names) for ranks in range(1, size + 1)}
+    meshes = {ranks: DeviceMesh(device, list(range(ranks)), mesh_dim_names=names) for ranks in range(1, size + 1)}
     for ranks, mesh in meshes.items():
         if rank < ranks:
             dist.barrier(group=mesh.get_group())
@@ -587,11 +690,13 @@ def serve(connection: Any, rank: int, size: int, store: str, timeout: float) -> 
             break
         name, ranks, options = task
         try:
-            connection.send((True, CASES[name](meshes[ranks], rank, **options)))
+            with contextlib.nullcontext() if device == "cpu" else OnGPU():
+                answer = CASES[name](meshes[ranks], rank, **options)
+            connection.send((True, answer))
         except Exception as error:
             connection.send((False, (type(error).__name__, str(error), traceback.format_exc())))
     dist.destroy_process_group()
 
 
 if __name__ == "rank":
-    serve(connection, rank, size, store, timeout)  # noqa: F821 - given by the pool  # pyright: ignore
+    serve(connection, rank, size, store, timeout, device)  # noqa: F821 - given by the pool  # pyright: ignore

@@ -104,24 +104,33 @@ def one_process(replicas: int, packed: bool, **options: Any) -> tuple[list[float
     return losses, {name: value.detach() for name, value in model.state_dict().items()}
 
 
+def two_dimensions(mesh: DeviceMesh, sequence_parallel: int) -> DeviceMesh:
+    sizes = mesh.size() // sequence_parallel, sequence_parallel
+    return init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("data_parallel", "sequence_parallel"))
+
+
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @case
-def recipe(mesh: DeviceMesh, rank: int, sequence_parallel: int, packed: bool, parameters: str, **options: Any) -> Any:
+def recipe(
+    mesh: DeviceMesh,
+    rank: int,
+    sequence_parallel: int,
+    packed: bool,
+    parameters: str,
+    way: dict[str, Any],
+    **options: Any,
+) -> Any:
     """Losses and weights after two steps of a model that the recipe has divided."""
-    both = init_device_mesh(
-        "cpu",
-        (mesh.size() // sequence_parallel, sequence_parallel),
-        mesh_dim_names=("data_parallel", "sequence_parallel"),
-    )
+    both = two_dimensions(mesh, sequence_parallel)
     model = language_model(**options)
     if rank:
         # the first rank's count
         with torch.no_grad():
             next(iter(model.parameters())).zero_()
-    shard_model(model, both, parameters=parameters)
+    shard_model(model, both, parameters=parameters, **way)
     optimizer, losses, runs = optimizer_of(model), [], [0]
 
     def count(*_: Any) -> None:
@@ -150,13 +159,13 @@ def recipe(mesh: DeviceMesh, rank: int, sequence_parallel: int, packed: bool, pa
 
 
 @case
-def compiled(mesh: DeviceMesh, rank: int, parameters: str) -> Any:
+def compiled(mesh: DeviceMesh, rank: int, parameters: str, way: dict[str, Any]) -> Any:
     """Losses of two steps, compiled (with breaks of the graph where ranks communicate) and not."""
-    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "sequence_parallel"))
+    both = two_dimensions(mesh, 2)
     found = []
     for backend in ("aot_eager", None):
         pattern = ["min_gru", {"name": "attention", "n_heads": 2}]
-        model = shard_model(language_model(n_layers=2, pattern=pattern), both, parameters=parameters)
+        model = shard_model(language_model(n_layers=2, pattern=pattern), both, parameters=parameters, **way)
         loss_of = model.loss if backend is None else torch.compile(model.loss, backend=backend)
         optimizer, losses = optimizer_of(model), []
         for step in range(STEPS):
@@ -174,7 +183,7 @@ def compiled(mesh: DeviceMesh, rank: int, parameters: str) -> Any:
 @case
 def accumulation(mesh: DeviceMesh, rank: int, parameters: str) -> Any:
     """Gradients of two passes that add up."""
-    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "sequence_parallel"))
+    both = two_dimensions(mesh, 2)
     model = shard_model(language_model(), both, parameters=parameters)
     for step in range(STEPS):
         ids, labels, _ = sample(step, both.get_local_rank(0), False)
@@ -186,12 +195,12 @@ def accumulation(mesh: DeviceMesh, rank: int, parameters: str) -> Any:
 @case
 def recipe_refusals(mesh: DeviceMesh, rank: int) -> None:
     """Errors before anything is sent."""
-    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "sequence_parallel"))
+    both = two_dimensions(mesh, 2)
     with pytest.raises(ValueError, match="sequence_parallel must divide the number of processes, got 3 for 4; start a"):
-        training_mesh(3)
+        training_mesh(3, mesh.device_type)
     with pytest.raises(ValueError, match="sequence_parallel must be a positive integer, got 0"):
-        training_mesh(0)
-    assert training_mesh(4).shape == (1, 4)
+        training_mesh(0, mesh.device_type)
+    assert training_mesh(4, mesh.device_type).shape == (1, 4)
     with pytest.raises(ValueError, match="mesh must have the dimensions"):
         shard_model(language_model(), mesh)
     with pytest.raises(TypeError, match="mesh must be a DeviceMesh, got ProcessGroup"):
@@ -248,7 +257,9 @@ def pipeline(mesh: DeviceMesh, rank: int, schedule: str, **options: Any) -> Any:
     indices = [rank]
     if several:
         indices.append(2 * size - 1 - rank if schedule == "ZBVZeroBubble" else size + rank)
-    parts = [PipelineStage(stages[index], index, n_stages, torch.device("cpu"), group=group) for index in indices]
+    parts = [
+        PipelineStage(stages[index], index, n_stages, torch.get_default_device(), group=group) for index in indices
+    ]
     loss = PipelineLoss(stages[-1], MICROBATCHES)
     run = SCHEDULES[schedule](parts if several else parts[0], MICROBATCHES, loss_fn=loss, scale_grads=False)
     ids, labels = pipeline_batch()
@@ -268,4 +279,4 @@ def pipeline(mesh: DeviceMesh, rank: int, schedule: str, **options: Any) -> Any:
 
 
 if __name__ == "rank":
-    common["serve"](connection, rank, size, store, timeout)  # noqa: F821 - given by the pool  # pyright: ignore
+    common["serve"](connection, rank, size, store, timeout, device)  # noqa: F821 - given by the pool  # pyright: ignore

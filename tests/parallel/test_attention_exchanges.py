@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import random
 import runpy
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from seqzoo.parallel import Plan
-from seqzoo.parallel.attention import Layout, Ring, attention_payload, calls, merged, spans, zigzag
+from seqzoo.parallel import Layout, Plan, attention_payload, zigzag
+from seqzoo.parallel.layout import merged
+from seqzoo.parallel.ring import Ring
+from seqzoo.parallel.spans import calls, spans
 
-HERE = Path(__file__).parent
-ranks = runpy.run_path(str(HERE / "attention_ranks.py"))
+ranks = runpy.run_path(str(Path(__file__).with_name("attention_ranks.py")))
 TOLERANCE = 1e-10
-TIMEOUT = 6
 # sequences that begin, end and lie on cuts, of one token and of none
 LENGTHS = (0, 1, 9, 0, 3, 0)
 COUNTS = {2: ((7, 6), (0, 13), (10, 3)), 3: ((5, 0, 8), (1, 9, 3), (0, 2, 11)), 4: ((3, 2, 1, 7), (4, 0, 6, 3))}
@@ -40,23 +37,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "new-state": {"heads": (12, 2), "final": True},
     "new-window-state": {"heads": (12, 2), "window": 4, "final": True},
 }
-
-
-@pytest.fixture(scope="module")
-def conftest() -> Any:
-    """The pool's module, of whose ranks each executes attention_ranks.py."""
-    spec: Any = importlib.util.spec_from_file_location("attention_pool", HERE / "conftest.py")
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.RANKS = str(HERE / "attention_ranks.py")
-    return module
-
-
-@pytest.fixture(scope="module")
-def attention_pool(conftest: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    pool = conftest.Pool(4, tmp_path_factory.mktemp("ranks") / "store", 60)
-    yield pool
-    pool.stop()
 
 
 def ways(size: int) -> list[dict[str, Any]]:
@@ -391,26 +371,3 @@ def test_layouts_take_tensors_apart_and_together():
 
 def test_refusals(attention_pool: Any):
     assert attention_pool.call("refused", 3) == [None] * 3
-
-
-@pytest.mark.parametrize(
-    ("method", "deed", "when"),
-    [
-        ("ring", "killed", "backward"),
-        pytest.param("ring", "stalled", "forward", marks=pytest.mark.slow),
-        pytest.param("allgather", "killed", "forward", marks=pytest.mark.slow),
-        pytest.param("allgather", "stalled", "backward", marks=pytest.mark.slow),
-    ],
-)
-def test_the_others_raise(conftest: Any, tmp_path: Path, method: str, deed: str, when: str):
-    pool = conftest.Pool(3, tmp_path / "store", TIMEOUT)
-    try:
-        started = time.monotonic()
-        pool.start("lost", 3, [{"method": method, "when": when, "deed": deed}] * 3)
-        failures = pool.collect([0, 2], 3 * TIMEOUT)
-        assert time.monotonic() - started < 2 * TIMEOUT + 10
-        for rank, failure in zip((0, 2), failures, strict=True):
-            assert failure.name == "SequenceParallelError", failure
-            assert f"Mixer on rank {rank} of 3 of the group 'sequence_parallel' could not" in failure.words
-    finally:
-        pool.kill()

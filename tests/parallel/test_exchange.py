@@ -111,8 +111,9 @@ def test_one_gather_an_op_each_way_of_the_size_that_is_said(pool, name: str):
     options, forward, backward = PAYLOADS[name]
     given = {"mixer_name": name, "options": options, "exchange": "allgather"}
     ops = 2 if name == "mamba" else 1
-    for sent, formula in pool.call("payload", 3, counts=(5, 4, 8), lengths=None, final=False, **given):
+    for sent, formula, collectives in pool.call("payload", 3, counts=(5, 4, 8), lengths=None, final=False, **given):
         assert formula == (forward, backward)
+        assert collectives == [{"allgather_": ops}] * 2
         assert sent == {
             "calls forward": ops,
             "bytes forward": forward,
@@ -127,8 +128,18 @@ def test_sent_bytes_are_those_of_the_formula(pool, exchange: str):
     for (counts, lengths), final, name in itertools.product(layouts, (False, True), ("mamba", "deltanet")):
         options = {"d_state": 4} if name == "mamba" else {"n_heads": 2}
         given = {"mixer_name": name, "options": options, "exchange": exchange, "final": final}
-        for sent, formula in pool.call("payload", 4, counts=counts, lengths=lengths, **given):
+        for sent, formula, collectives in pool.call("payload", 4, counts=counts, lengths=lengths, **given):
             assert (sent.get("bytes forward", 0), sent.get("bytes backward", 0)) == formula, (counts, lengths, final)
+            # what goes from rank to rank is no collective; final states are gathered
+            calls = [sent.get(f"calls {way}", 0) for way in ("forward", "backward")]
+            if exchange == "allgather":
+                assert collectives == [{"allgather_": number} if number else {} for number in calls]
+            else:
+                # messages to single ranks, and a gather of the final states alone
+                posted = [one.get("send", 0) + one.get("allgather_", 0) for one in collectives]
+                assert posted == calls
+                assert [one.get("allgather_", 0) > 0 for one in collectives] == [final] * 2
+                assert {name for one in collectives for name in one} <= {"send", "recv_", "allgather_"}
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "hillis_steele", "pipelined"])

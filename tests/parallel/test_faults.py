@@ -1,30 +1,53 @@
-"""A rank that dies or stalls ends in an error that names mixer, rank and group, on every other rank, in time."""
+"""A rank that dies, stalls or has other tokens ends in a named error on every other rank, in time."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
 TIMEOUT = 6
+SIZE = 4
+# of a mixer every way in which its states or keys come to the ranks
+WAYS: dict[str, list[dict[str, Any]]] = {
+    "min_gru": [{"exchange": one} for one in ("chain", "allgather", "hillis_steele", "pipelined")],
+    "attention": [{"attention": one} for one in ("allgather", "ulysses", "ring")]
+    + [{"attention": "usp", "head_ranks": 2}],
+}
 
 
+@pytest.mark.parametrize("mixer", WAYS)
 @pytest.mark.parametrize(
     ("deed", "when"),
     [
         ("killed", "forward"),
-        ("stalled", "backward"),
+        ("short", "forward"),
         pytest.param("killed", "backward", marks=pytest.mark.slow),
         pytest.param("stalled", "forward", marks=pytest.mark.slow),
+        ("stalled", "backward"),
     ],
 )
-def test_the_others_raise(make_pool, deed: str, when: str):
-    ranks = make_pool(3, TIMEOUT)
+def test_the_others_raise(make_pool, mixer: str, deed: str, when: str):
+    # what takes the time is waiting, which all ways do at once
+    pools = [make_pool(SIZE, TIMEOUT) for _ in WAYS[mixer]]
     started = time.monotonic()
-    ranks.start("fault", 3, [{"deed": deed, "when": when}] * 3)
-    failures = ranks.collect([0, 2], 3 * TIMEOUT)
-    # a rank that waits for one that waits has two timeouts behind it
-    assert time.monotonic() - started < 2 * TIMEOUT + 10
-    for rank, failure in zip((0, 2), failures, strict=True):
-        assert failure.name == "SequenceParallelError", failure
-        assert f"MinGRU on rank {rank} of 3 of the group 'sequence_parallel' could not" in failure.words
+    for ranks, way in zip(pools, WAYS[mixer], strict=True):
+        ranks.start("fault", SIZE, [{"deed": deed, "when": when, "mixer": mixer, "way": way}] * SIZE)
+    name = {"min_gru": "MinGRU", "attention": "Attention"}[mixer]
+    for ranks, way in zip(pools, WAYS[mixer], strict=True):
+        failures = ranks.collect([0, 2, 3], 4 * TIMEOUT)
+        # a rank that waits for one that waits has two timeouts behind it
+        assert time.monotonic() - started < 2 * TIMEOUT + 10, way
+        for rank, failure in zip((0, 2, 3), failures, strict=True):
+            assert failure.name == "SequenceParallelError", (way, failure)
+            words = f"{name} on rank {rank} of {SIZE} of the group 'sequence_parallel' could not"
+            assert words in failure.words, (way, failure)
+        if deed == "short":
+            (failure,) = ranks.collect([1])
+            assert failure.name == "ValueError", (way, failure)
+            assert "the plan gives rank 1 3 tokens, the input has 2" in failure.words
+
+
+def test_under_checks_all_ranks_notice_another_plan(pool):
+    assert pool.call("disagreement", 3) == [None] * 3

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,8 @@ import torch
 from seqzoo.models import LanguageModel, ModelConfig
 from seqzoo.parallel import PipelineLoss, split_stages
 
-HERE = Path(__file__).parent
-ranks = runpy.run_path(str(HERE / "recipe_ranks.py"))
+ranks = runpy.run_path(str(Path(__file__).with_name("recipe_ranks.py")))
 TOLERANCE = 1e-10
-
-
-@pytest.fixture(scope="module")
-def stage_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Two ranks that answer the cases of recipe_ranks.py."""
-    spec = importlib.util.spec_from_file_location("stage_pool", HERE / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.RANKS = str(HERE / "recipe_ranks.py")
-    pool = module.Pool(2, tmp_path_factory.mktemp("pipeline") / "store", 60)
-    yield pool
-    pool.stop()
 
 
 @functools.cache
@@ -44,13 +29,13 @@ def expected(tied: bool) -> tuple[float, dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", ["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])
-def test_schedules(stage_pool, name: str, tied: bool):
-    check(stage_pool.call("pipeline", 2, schedule=name, tie_embeddings=tied), tied)
+def test_schedules(recipe_pool, name: str, tied: bool):
+    check(recipe_pool.call("pipeline", 2, schedule=name, tie_embeddings=tied), tied)
 
 
 @pytest.mark.parametrize("name", ["1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])
-def test_schedules_recompute_blocks(stage_pool, name: str):
-    check(stage_pool.call("pipeline", 2, schedule=name, tie_embeddings=True, checkpoint_blocks=True), True)
+def test_schedules_recompute_blocks(recipe_pool, name: str):
+    check(recipe_pool.call("pipeline", 2, schedule=name, tie_embeddings=True, checkpoint_blocks=True), True)
 
 
 def check(found: list[dict[str, Any]], tied: bool) -> None:

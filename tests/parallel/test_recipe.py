@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-HERE = Path(__file__).parent
-ranks = runpy.run_path(str(HERE / "recipe_ranks.py"))
+ranks = runpy.run_path(str(Path(__file__).with_name("recipe_ranks.py")))
 TOLERANCE = 1e-10
-
-
-@pytest.fixture(scope="module")
-def recipe_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Four ranks that answer the cases of recipe_ranks.py."""
-    spec = importlib.util.spec_from_file_location("recipe_pool", HERE / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.RANKS = str(HERE / "recipe_ranks.py")
-    pool = module.Pool(4, tmp_path_factory.mktemp("recipe") / "store", 60)
-    yield pool
-    pool.stop()
 
 
 @functools.cache
@@ -46,16 +31,33 @@ def distance(found: np.ndarray, exact: np.ndarray) -> float:
     + [pytest.param(size, "sharded", False, marks=pytest.mark.slow) for size in (1, 4)],
 )
 def test_two_steps(recipe_pool, sequence_parallel: int, parameters: str, recompute: bool, packed: bool):
+    check(recipe_pool, sequence_parallel, parameters, recompute, packed)
+
+
+# every exchange and every way to run attention
+WAYS = [
+    {"exchange": "allgather", "attention": "ring"},
+    {"exchange": "hillis_steele", "attention": "ulysses"},
+    {"exchange": "pipelined", "attention": "usp", "head_ranks": 1},
+    {"exchange": "allgather", "attention": "allgather"},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way['exchange']}-{way['attention']}")
+@pytest.mark.parametrize(
+    ("parameters", "recompute", "packed"),
+    [("sharded", False, True), ("sharded", True, False), ("replicated", False, True)],
+    ids=["sharded", "recomputed", "replicated"],
+)
+def test_two_steps_by(recipe_pool, parameters: str, recompute: bool, packed: bool, way: dict[str, Any]):
+    check(recipe_pool, 2, parameters, recompute, packed, **way)
+
+
+def check(pool: Any, sequence_parallel: int, parameters: str, recompute: bool, packed: bool, **way: Any) -> None:
+    """Compares losses and weights of all ranks with those of one process."""
     losses, weights = expected(4 // sequence_parallel, packed)
-    found = recipe_pool.call(
-        "recipe",
-        4,
-        sequence_parallel=sequence_parallel,
-        packed=packed,
-        parameters=parameters,
-        checkpoint_blocks=recompute,
-    )
-    for one in found:
+    given = {"sequence_parallel": sequence_parallel, "packed": packed, "parameters": parameters}
+    for one in (found := pool.call("recipe", 4, **given, way=way, checkpoint_blocks=recompute)):
         assert one["losses"] == pytest.approx(losses, rel=TOLERANCE)
         assert one["weights"].keys() == weights.keys()
         for name, value in weights.items():
@@ -82,9 +84,11 @@ def test_gradients_of_two_passes_add_up(recipe_pool, parameters: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parameters", ["sharded", "replicated"])
-def test_compiled(recipe_pool, parameters: str):
-    losses = recipe_pool.call("compiled", 4, parameters=parameters)
+@pytest.mark.parametrize(
+    ("parameters", "way"), [("sharded", {}), ("replicated", {}), *(("sharded", way) for way in WAYS)], ids=str
+)
+def test_compiled(recipe_pool, parameters: str, way: dict[str, Any]):
+    losses = recipe_pool.call("compiled", 4, parameters=parameters, way=way)
     for compiled, eager in losses:
         assert compiled == pytest.approx(eager, rel=TOLERANCE)
 

@@ -79,6 +79,11 @@ def test_the_command(model, capsys):
         (["--ranks", "8", "--tokens", "64", "--model", "mmba"], "neither a preset"),
         (["--ranks", "8", "--tokens", "64", "--model", "mamba", "--node-bandwidth", "0"], "bandwidth must be positive"),
         (["--ranks", "0", "--tokens", "64", "--model", "mamba"], "at least 1"),
+        (["--ranks", "1000000000", "--tokens", "64", "--model", "mamba"], "ranks must be at most 4,096, got 1,000,0"),
+        (["--ranks", "8", "--tokens", "64", "--model", "mamba", "--per-node", "0"], "per_node must be a positive"),
+        (["--ranks", "8", "--tokens", "64", "--model", "mamba", "--batch-size", "-1"], "batch_size must be a positive"),
+        (["--ranks", "8", "--tokens", "64", "--model", "mamba", "--latency", "nan"], "latency must be positive"),
+        (["--ranks", "8", "--tokens", "64", "--model", "jamba-small", "--n-layers", "0"], "plan: n_layers must be"),
     ],
 )
 def test_bad_options(arguments, words, capsys):

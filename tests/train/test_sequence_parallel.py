@@ -90,6 +90,20 @@ def test_several_processes_give_what_one_gives(alone, several, size: int):
     assert sizes[0] == sizes[1]
 
 
+def test_exchanges_give_what_the_chain_gives(short, several, train_on, tmp_path):
+    options = [*short, "--runs", tmp_path, "--sequence-parallel", "2", "--exchange", "allgather", "--attention", "usp"]
+    done = train_on(2, ([*options, "--head-ranks", "2"], None))
+    assert done.statuses == [[0]] * 2, done.out
+    run = next(tmp_path.iterdir())
+    one, other = (read_metrics(path / "metrics.csv") for path in (several(2), run))
+    for expected, found in zip(one, other, strict=True):
+        for name in ("step", "train_loss", "validation_bpb"):
+            assert found[name] == (None if expected[name] is None else pytest.approx(expected[name], rel=3e-5)), name
+    configuration = (run / "config.yaml").read_text()
+    assert "exchange: allgather" in configuration
+    assert "head_ranks: 2" in configuration
+
+
 # the fault, the exit status of all processes, the step of the checkpoint that it leaves, on how many processes
 FAULTS = {
     "killed": ({"at": "step", "step": 8, "does": "kill"}, None, 5, 2),
@@ -204,6 +218,18 @@ def test_refusals(capsys, launched, tiny, tmp_path):
     assert "torchrun has started 6 processes; say with --sequence_parallel N" in words
     words = refused(capsys, *tiny, *runs, "--sequence-parallel", "1", "--data.validation_streams", "5")
     assert "data.validation_streams must be at least the number of groups of processes, 6, got 5" in words
+    attention = ["--model.config.pattern", '[{"name": "attention", "n_heads": 2}]']
+    words = refused(capsys, *tiny, *runs, *attention, "--sequence-parallel", "3", "--attention", "ulysses")
+    assert "Attention on rank 0 of 3 cannot run by 'ulysses': 3 of 3 ranks cannot share 2 heads evenly" in words
+    assert "method 'allgather' or 'ring', which take any heads" in words
+    words = refused(capsys, *tiny, *runs, "--sequence-parallel", "3", "--attention", "ring", "--head-ranks", "2")
+    assert "head_ranks is for attention 'usp', got 2 with 'ring'" in words
+    words = refused(capsys, *tiny, *runs, "--sequence-parallel", "3", "--exchange", "ring")
+    assert "exchange" in words
+    assert "'chain', 'allgather', 'hillis_steele', 'pipelined'" in words
+    launched(1)
+    words = refused(capsys, *tiny, *runs, "--exchange", "allgather")
+    assert "exchange says how processes share a sequence; give --sequence_parallel N too" in words
     assert not (tmp_path / "runs").exists()
 
 
@@ -212,6 +238,8 @@ def test_the_strategy_without_a_launcher(launched):
         Trainer(accelerator="cpu", devices=2, strategy=SequenceParallelStrategy(2), logger=False)
     with pytest.raises(ValueError, match="must be a positive integer, got True"):
         SequenceParallelStrategy(True)
+    with pytest.raises(ValueError, match="attention must be one of chain, allgather, ulysses, ring, usp, got 'rings'"):
+        SequenceParallelStrategy(2, attention="rings")
     launched(3)
     with pytest.raises(ValueError, match="must divide the number of processes, got 2 for 3"):
         Trainer(accelerator="cpu", devices=3, strategy=SequenceParallelStrategy(2), logger=False)
