@@ -33,11 +33,18 @@ of the run
                              pipelined; what cannot do it takes the chain
   --attention NAME           how attention runs: chain (the default), allgather, ulysses, ring or usp, of which
                              --head_ranks N share the heads
+  --ema_decay D              average the weights over about 1 / (1 - D) steps; validation and model take the average
+  --ema_use false            they do not, and the average is left as a second model
+  --early_stopping N         end after N validations of which none was better than the best before
+  --compile true|BACKEND     torch.compile for the stack of layers
 
 often wanted
   --model.config.d_model N   --model.config.n_layers N   --model.config.pattern NAME   --model.lr X
   --data.folder FOLDER       --data.files '["*.txt"]'    --data.context N              --data.batch_size N
   --trainer.accelerator cpu|gpu                          --trainer.val_check_interval STEPS
+  --trainer.accumulate_grad_batches N                    --trainer.gradient_clip_val X
+  --trainer.precision bf16-mixed                         --trainer.logger CLASS, beside CSV and TensorBoard
+  --model.schedule cosine|linear|wsd|rex|inverse_sqrt|constant|schedule_free|refined (--model.refined_from RUN)
 
 Ctrl-C leaves a checkpoint and a model; a second one stops at once.
 
@@ -111,4 +118,8 @@ class Request:
 
 def short_help() -> str:
     """The text of ``seqzoo train --help``."""
-    return HELP.format(minutes=combine([])["minutes"], shipped=", ".join(shipped()), quickstart=" ".join(QUICKSTART))
+    kinds: dict[str, list[str]] = {}
+    for name in shipped():
+        kinds.setdefault(name.partition("/")[0], []).append(name)
+    names = f"\n{' ' * 29}".join(", ".join(kind) for kind in kinds.values())
+    return HELP.format(minutes=combine([])["minutes"], shipped=names, quickstart=" ".join(QUICKSTART))

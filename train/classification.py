@@ -30,7 +30,9 @@ class ClassificationModule(OptimisedModule):
         beta1: AdamW's average of gradients.
         beta2: AdamW's average of squared gradients.
         warmup_steps: Updates in which the learning rate rises.
-        schedule: How it falls: "cosine", "linear", "wsd", "rex", "inverse_sqrt" or "constant".
+        schedule: How it falls: "cosine", "linear", "wsd", "rex", "inverse_sqrt", "constant", "refined" or
+            "schedule_free".
+        refined_from: For "refined", the folder of the run by whose gradient norms it is.
         seed: Seed of the dropout; the command sets it from its own.
     """
 
@@ -44,10 +46,11 @@ class ClassificationModule(OptimisedModule):
         beta2: float = 0.999,
         warmup_steps: int = 1000,
         schedule: str = "cosine",
+        refined_from: str | None = None,
         seed: int = 0,
     ) -> None:
         model = DualEncoder(config) if pairs else SequenceClassifier(config)
-        super().__init__(model, lr, weight_decay, (beta1, beta2), warmup_steps, schedule, seed)
+        super().__init__(model, lr, weight_decay, (beta1, beta2), warmup_steps, schedule, seed, refined_from)
         self.pairs = pairs
         self._sums = torch.zeros(3, dtype=torch.float64)
 
@@ -77,7 +80,8 @@ class ClassificationModule(OptimisedModule):
             NonFiniteLoss: If it is NaN or infinite; names the layer that first made it so.
         """
         loss = self.model.loss(**batch)
-        check_finite(loss, self.model, batch["x"], step=self.trainer.global_step)
+        inputs = {name: part for name, part in batch.items() if name not in ("x", "labels")}
+        check_finite(loss, self.model, batch["x"], step=self.trainer.global_step, batch=batch_idx, **inputs)
         return {"loss": loss, "total": loss.detach()}
 
     def on_validation_epoch_start(self) -> None:

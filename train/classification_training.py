@@ -10,12 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from seqzoo.hub import save_pretrained
+from seqzoo.train import report
+from seqzoo.train.averaging import weights_to_judge
 from seqzoo.train.callbacks import Metering, ProgressDisplay, StepsFromMinutes
 from seqzoo.train.callbacks.planning import FORWARD_SHARE, REPORT_SECONDS, plan_steps
 from seqzoo.train.callbacks.progress import quantity
 from seqzoo.train.checkpoints import read_checkpoint
+from seqzoo.train.curves import draw_accuracy_curves
 from seqzoo.train.data.examples import EvaluationBatches
-from seqzoo.train.metrics_table import CLASSIFICATION_COLUMNS
+from seqzoo.train.metrics_table import CLASSIFICATION_COLUMNS, read_metrics
 from seqzoo.train.training import Training
 
 
@@ -31,6 +34,10 @@ class ClassificationMetering(Metering):
     def size(self, batch: Any) -> int:
         """Tokens of a batch, without padding."""
         return sum(batch["lengths"]) if "lengths" in batch else math.prod(batch["x"].shape[:2])
+
+    def room(self, batch: Any) -> int:
+        """Tokens of a batch with padding; 0 of batches that have none."""
+        return math.prod(batch["x"].shape[:2]) if "lengths" in batch else 0
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """A row with the validation's result."""
@@ -73,7 +80,7 @@ class ClassificationDisplay(ProgressDisplay):
         if self._measured.accuracy is not None:
             words.append(f"accuracy {self._measured.accuracy:.3f}")
         words.append(f"{quantity(self._measured.recent_bytes_per_second)}tokens/s")
-        return "  ".join([*words, *self._left(step, total)])
+        return "  ".join([*words, *self._rest(step, total)])
 
 
 class ClassificationSteps(StepsFromMinutes):
@@ -121,7 +128,8 @@ class ClassificationTraining(Training):
         test = module.judge(EvaluationBatches(data.examples("test"), batch_size=data.batch_size))
         save_pretrained(module.model, self.run.model)
         baselines = data.baselines()
-        report = {
+        self.draw(baselines, (step, validation))
+        found = {
             "test_accuracy": test["accuracy"],
             "test_loss": test["loss"],
             "test_examples": test["examples"],
@@ -133,17 +141,22 @@ class ClassificationTraining(Training):
             "report_seconds": round(time.perf_counter() - started, 3),
             "finished": True,
         }
-        self.run.write_json(self.run.report, report)
+        self.run.write_json(self.run.report, found)
         table = Table("", "accuracy (test)")
         rows = sorted({**baselines, "this model": test["accuracy"]}.items(), key=lambda row: -row[1])
         for name, value in rows:
             table.add_row(name, f"{value:.4f}", style="bold" if name == "this model" else None)
         self.console.print(table)
         self._say(
-            f"{report['parameters'] / 1e6:.2f} M parameters, {report['steps']} steps in {report['seconds'] / 60:.1f} "
+            f"{found['parameters'] / 1e6:.2f} M parameters, {found['steps']} steps in {found['seconds'] / 60:.1f} "
             f"min; weights of step {step}, chosen by validation accuracy, {validation:.4f}"
         )
         return f"seqzoo.hub.from_pretrained({str(self.run.model)!r}) loads the model"
+
+    def draw(self, baselines: dict[str, float] | None = None, final: tuple[int, float] | None = None) -> None:
+        """Draws loss and accuracy so far; baselines are those of the test, near to those of validation."""
+        picture = draw_accuracy_curves(read_metrics(self.run.metrics), baselines or {}, final, self.run.path.name)
+        report.write_picture(self.run, picture)
 
     def _choose(self, module: Any, facts: dict[str, Any]) -> tuple[int, float]:
         """Puts the better of the last and the best weights into the module; returns their step and accuracy."""
@@ -153,7 +166,7 @@ class ClassificationTraining(Training):
         if facts["best_step"] == facts["validated_step"] or not self.run.best.is_file():
             return step, accuracy
         last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        module.load_state_dict(read_checkpoint(self.run.best)["state_dict"])
+        module.load_state_dict(weights_to_judge(read_checkpoint(self.run.best)))
         best = module.judge(batches)["accuracy"]
         if best > accuracy:
             return facts["best_step"], best

@@ -24,6 +24,7 @@ from seqzoo.train.processes import Processes
 from seqzoo.train.run_folder import RunFolder, RunFolderError, reason
 from seqzoo.train.sharded_checkpoints import is_sharded, read_rest
 from seqzoo.train.training import Training, check_data
+from seqzoo.version import __version__
 
 USAGE_ERROR = 2
 FAILED = 1
@@ -83,7 +84,9 @@ def resume(path: Path, console: Console) -> int:
     """Goes on with a run, from its last checkpoint or the one that is named."""
     named = path.is_file() or is_sharded(path)
     folder = path.resolve().parents[1] if named else path
-    cli = TrainingCLI(combine([str(RunFolder.open(folder).configuration)]), [])
+    opened = RunFolder.open(folder)
+    opened.check_version()
+    cli = _configured(opened)
     processes = Processes.started(cli.config.sequence_parallel)
     run = RunFolder.open(folder, sharded=processes is not None)
     if processes is not None:
@@ -108,6 +111,24 @@ def resume(path: Path, console: Console) -> int:
         if checkpoint is None:
             console.print(f"{run.path} has no checkpoint yet: beginning at step 0", highlight=False, soft_wrap=True)
         return training_of(cli)(cli, run, console, checkpoint, processes).run_all()
+
+
+def _configured(run: RunFolder) -> TrainingCLI:
+    """What the configuration of a run builds.
+
+    Raises:
+        ConfigurationError: If this version does not understand it; names the version that did.
+    """
+    try:
+        return TrainingCLI(combine([str(run.configuration)]), [])
+    except ConfigurationError as error:
+        made = (run.read_json(run.environment) or {}).get("seqzoo", __version__)
+        if made == __version__:
+            raise
+        raise ConfigurationError(
+            f"{run.path} was made by seqzoo {made}, and seqzoo {__version__} cannot build what it configures: {error}; "
+            f"pip install seqzoo=={made}, or start a new run"
+        ) from error
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def combine(names: Sequence[str]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for _, values in loaded:
         merged = merge(merged, values)
-    merged.setdefault("name", "-".join(Path(name).stem for name, _ in loaded))
+    merged.setdefault("name", "-".join(re.sub(r"\.ya?ml$", "", Path(name).name) for name, _ in loaded))
     return merged
 
 

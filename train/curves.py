@@ -42,6 +42,48 @@ def draw_curves(rows: Rows, baselines: Mapping[str, float], final: tuple[int, fl
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right", fontsize=8.5)
+    return _png(figure)
+
+
+def draw_accuracy_curves(
+    rows: Rows, baselines: Mapping[str, float], final: tuple[int, float] | None, title: str
+) -> bytes:
+    """Draws a classifier's losses over steps, and below them its accuracy, with the baselines as level lines.
+
+    Args:
+        rows: Of the table of metrics.
+        baselines: Names and accuracies.
+        final: Step and accuracy on all validation examples, where known.
+        title: Of the picture.
+
+    Returns:
+        A PNG file.
+    """
+    figure = Figure(figsize=(9.0, 7.0), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    training, judged = _points(rows, "train_loss"), _points(rows, "validation_loss")
+    if training:
+        above.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.35, linewidth=1.0, label="training")
+        above.plot(*zip(*_smooth(training), strict=True), color="tab:blue", linewidth=1.8, label="training, smoothed")
+    if judged:
+        above.plot(*zip(*judged, strict=True), "o-", color="tab:orange", markersize=3.5, label="validation")
+    accuracy = _points(rows, "validation_accuracy")
+    if accuracy:
+        below.plot(*zip(*accuracy, strict=True), "o-", color="tab:orange", markersize=3.5, label="validation")
+    if final is not None:
+        below.plot(*final, "*", color="tab:red", markersize=13, label=f"validation (model): {final[1]:.4f}")
+    for (name, level), style in zip(baselines.items(), _styles(len(baselines)), strict=True):
+        below.axhline(level, color="0.35", linewidth=1.0, linestyle=style, label=f"{name}: {level:.4f}")
+    above.set(ylabel="cross entropy", title=title)
+    below.set(xlabel="step", ylabel="accuracy")
+    for axes in (above, below):
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best", fontsize=8.5)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from seqzoo.train.run_folder import FORMAT
 from seqzoo.version import __version__
 
-PACKAGES = ("torch", "lightning", "jsonargparse", "numpy", "numba", "triton", "safetensors")
+PACKAGES = ("torch", "lightning", "schedulefree", "jsonargparse", "numpy", "numba", "triton", "safetensors")
 # what bit-identical repetition depends on
 DECISIVE = ("seqzoo", "torch", "threads", "processor", "device", "backend", "processes")
 
@@ -34,6 +35,7 @@ def describe(
     """
     return {
         "arguments": list(arguments),
+        "format": FORMAT,
         "seqzoo": __version__,
         "git": git_state(Path(__file__).resolve().parent),
         "python": sys.version,
@@ -66,6 +68,21 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that this process holds: on a GPU the most that its tensors have held, else what lies in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        # no Linux: the greatest so far, in bytes on macOS
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else 1024 * most
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

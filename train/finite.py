@@ -13,7 +13,7 @@ class NonFiniteLoss(RuntimeError):
     """A training loss is NaN or infinite."""
 
 
-def check_finite(loss: Tensor, model: nn.Module, *inputs: Tensor, step: int) -> None:
+def check_finite(loss: Tensor, model: nn.Module, *inputs: Tensor, step: int, batch: int, **options: Any) -> None:
     """Raises unless a loss is finite.
 
     Args:
@@ -21,19 +21,22 @@ def check_finite(loss: Tensor, model: nn.Module, *inputs: Tensor, step: int) -> 
         model: What made it.
         inputs: With which to call the model again, to find the layer.
         step: The update, for the message.
+        batch: The number of the batch, from 0, likewise.
+        options: Arguments by name with which to call the model again.
 
     Raises:
-        NonFiniteLoss: Names the step, and the parameter or the layer that is not finite first.
+        NonFiniteLoss: Names step and batch, and the parameter or the layer that is not finite first.
     """
     if torch.isfinite(loss):
         return
     raise NonFiniteLoss(
-        f"the loss of step {step + 1} is {loss.item()}; {first_culprit(model, *inputs)}; "
+        f"the loss of step {step + 1} is {loss.item()}; {first_culprit(model, *inputs, **options)}; "
+        f"it is batch {batch + 1}, of inputs {tuple(inputs[0].shape)}; "
         "a lower learning rate (--model.lr) or a longer warm-up (--model.warmup_steps) may help"
     )
 
 
-def first_culprit(model: nn.Module, *inputs: Tensor) -> str:
+def first_culprit(model: nn.Module, *inputs: Tensor, **options: Any) -> str:
     """Words for where a model's numbers cease to be finite: a parameter, else the first module that runs."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -50,8 +53,9 @@ def first_culprit(model: nn.Module, *inputs: Tensor) -> str:
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad():
-            model(*inputs)
+        # compiled layers would not call the hooks
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model(*inputs, **options)
     finally:
         for handle in handles:
             handle.remove()

@@ -22,6 +22,8 @@ COLUMNS = (
     "seconds",
     "packing",
     "validation_perplexity",
+    "gradient_norm",
+    "gradient_l1",
 )
 CLASSIFICATION_COLUMNS = (
     "step",
@@ -31,6 +33,9 @@ CLASSIFICATION_COLUMNS = (
     "lr",
     "tokens_per_second",
     "seconds",
+    "packing",
+    "gradient_norm",
+    "gradient_l1",
 )
 
 

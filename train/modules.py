@@ -39,7 +39,9 @@ class LanguageModeling(OptimisedModule):
         beta1: AdamW's average of gradients.
         beta2: AdamW's average of squared gradients.
         warmup_steps: Updates in which the learning rate rises.
-        schedule: How it falls: "cosine", "linear", "wsd", "rex", "inverse_sqrt" or "constant".
+        schedule: How it falls: "cosine", "linear", "wsd", "rex", "inverse_sqrt", "constant", "refined" or
+            "schedule_free".
+        refined_from: For "refined", the folder of the run by whose gradient norms it is.
         carry_state: Whether validation hands the state from window to window; without, every window starts afresh,
             which models whose state grows with the length need.
         sample_prompt: What the sample at the end continues.
@@ -57,6 +59,7 @@ class LanguageModeling(OptimisedModule):
         beta2: float = 0.95,
         warmup_steps: int = 100,
         schedule: str = "cosine",
+        refined_from: str | None = None,
         carry_state: bool = True,
         sample_prompt: str = "\n",
         sample_length: int = 600,
@@ -65,7 +68,9 @@ class LanguageModeling(OptimisedModule):
     ) -> None:
         if sample_length < 1:
             raise ValueError(f"sample_length must be at least 1, got {sample_length}")
-        super().__init__(LanguageModel(config), lr, weight_decay, (beta1, beta2), warmup_steps, schedule, seed)
+        super().__init__(
+            LanguageModel(config), lr, weight_decay, (beta1, beta2), warmup_steps, schedule, seed, refined_from
+        )
         self.carry_state = carry_state
         self.sample_prompt = sample_prompt
         self.sample_length = sample_length
@@ -108,7 +113,7 @@ class LanguageModeling(OptimisedModule):
             loss = cast("Tensor", self.model.loss(ids, labels, cu_seqlens=bounds))
         whole = loss if self.device_mesh is None else total(loss, self.device_mesh)
         # of the sum, so that all processes find the same
-        check_finite(whole, self.model, ids, step=self.trainer.global_step)
+        check_finite(whole, self.model, ids, step=self.trainer.global_step, batch=batch_idx, cu_seqlens=bounds)
         return {"loss": loss, "total": whole.detach()}
 
     def _packed_loss(self, batch: PackedBatch, ids: Tensor, labels: Tensor, bounds: Any) -> Tensor:

@@ -187,6 +187,19 @@ def add_run_options(parser: ArgumentParser) -> None:
         "--attention", type=Attention, default=WAYS["attention"], help="how attention over several processes runs"
     )
     parser.add_argument("--head_ranks", type=int | None, default=WAYS["head_ranks"], help="of usp, share the heads")
+    parser.add_argument(
+        "--ema_decay", type=float | None, default=None, help="of an exponential moving average of the weights"
+    )
+    parser.add_argument(
+        "--ema_use",
+        type=bool,
+        default=True,
+        help="whether validation and the model take that average; else it lies in a model of its own",
+    )
+    parser.add_argument(
+        "--early_stopping", type=int | None, default=None, help="validations without a better one that end training"
+    )
+    parser.add_argument("--compile", type=bool | str, default=False, help="torch.compile; true, or a backend's name")
 
 
 def class_path(of: type) -> str:

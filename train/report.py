@@ -14,6 +14,7 @@ from seqzoo.hub import save_pretrained
 from seqzoo.hub.files import atomic_file
 from seqzoo.models.generation import generate
 from seqzoo.models.tokenizer import Tokenizer
+from seqzoo.train.averaging import weights_to_judge
 from seqzoo.train.callbacks.progress import quantity
 from seqzoo.train.checkpoints import read_checkpoint
 from seqzoo.train.curves import draw_curves
@@ -83,7 +84,11 @@ def sample(module: LanguageModeling, tokenizer: Tokenizer) -> str:
 def draw(run: RunFolder, baselines: dict[str, float], final: tuple[int, float] | None) -> None:
     """Draws the curves so far."""
     lines = {name: value for name, value in baselines.items() if name != "uniform"}
-    picture = draw_curves(read_metrics(run.metrics), lines, final, run.path.name)
+    write_picture(run, draw_curves(read_metrics(run.metrics), lines, final, run.path.name))
+
+
+def write_picture(run: RunFolder, picture: bytes) -> None:
+    """Writes the picture of the curves, whole or not at all."""
     with atomic_file(run.curves, "wb", what="the picture of the curves") as file:
         file.write(picture)
 
@@ -121,7 +126,7 @@ def _choose_weights(run: RunFolder, module: LanguageModeling, data: LanguageData
         return step, score
     last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     read = read_shards if run.sharded else read_checkpoint
-    module.load_state_dict(read(run.best)["state_dict"])
+    module.load_state_dict(weights_to_judge(read(run.best)))
     best = module.bits_per_token(windows) / size
     if best < score:
         return facts["best_step"], best

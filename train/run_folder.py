@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from seqzoo.hub.files import WriteError, atomic_file
+from seqzoo.version import __version__
+
+# of what lies in the folder; the record of an earlier one, that of the version 0.1.0, may lack it
+FORMAT = 1
 
 
 class RunFolderError(RuntimeError):
@@ -43,6 +47,9 @@ class RunFolder:
         self.last = self.checkpoints / f"last{suffix}"
         self.best = self.checkpoints / f"best{suffix}"
         self.model = path / "model"
+        self.average = path / "model-average"
+        self.groups = path / "parameter_groups.json"
+        self.refined_from = path / "refined_from"
         self.report = path / "report.json"
         self.sample = path / "sample.txt"
 
@@ -122,6 +129,16 @@ class RunFolder:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunFolderError(f"{path} is damaged: {error}") from error
+
+    def check_version(self) -> None:
+        """Raises RunFolderError unless this version can go on with the run."""
+        record = self.read_json(self.environment) or {}
+        found = record.get("format", FORMAT)
+        if found != FORMAT:
+            raise RunFolderError(
+                f"{self.path} was made by seqzoo {record.get('seqzoo')} and has format {found}; seqzoo {__version__} "
+                f"goes on with format {FORMAT} alone: pip install seqzoo=={record.get('seqzoo')}, or start a new run"
+            )
 
     def check_space(self, needed: int) -> None:
         """Raises RunFolderError unless the disk has ``needed`` free bytes."""

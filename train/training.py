@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.pytorch.accelerators.cpu import CPUAccelerator
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
+from seqzoo.hub import save_pretrained
+from seqzoo.mixer import nearest
+from seqzoo.parameters import parameter_groups
 from seqzoo.train import environment, report
 from seqzoo.train.allocator import keep_freed_memory
+from seqzoo.train.averaging import AveragedWeights, ExponentialAverage, ScheduleFreeWeights
 from seqzoo.train.callbacks import Checkpointing, Metering, ProgressDisplay, StepsFromMinutes
 from seqzoo.train.callbacks.progress import quantity
 from seqzoo.train.checkpoints import SafetensorsIO, read_checkpoint
 from seqzoo.train.classification import ClassificationModule
 from seqzoo.train.configuration import ConfigurationError
 from seqzoo.train.data.lra import ClassificationData
+from seqzoo.train.groups import describe_groups, groups_table
 from seqzoo.train.interruption import Aborted, Interrupted, Interruption
 from seqzoo.train.metrics_table import COLUMNS, MetricsTable
 from seqzoo.train.modules import LanguageModeling
@@ -44,7 +52,7 @@ class Training:
         processes: Where several train together, of which the first writes what is not a checkpoint.
 
     Raises:
-        ConfigurationError: If the trainer cannot be built.
+        ConfigurationError: If the trainer cannot be built, or options exclude one another.
         RunFolderError: If the disk is too full for checkpoints.
     """
 
@@ -61,6 +69,7 @@ class Training:
         checkpoint: Path | None = None,
         processes: Processes | None = None,
     ) -> None:
+        _check_options(cli, processes)
         if checkpoint is None:
             weights = sum(parameter.numel() * parameter.element_size() for parameter in cli.model.parameters())
             run.check_space(COPIES * weights)
@@ -79,10 +88,18 @@ class Training:
         self.saver = Checkpointing(
             run, config.checkpoint_minutes, config.checkpoint_steps, self.interruption, self.metric, self.greatest
         )
-        callbacks = [self.meter, self.saver, *([display] if self.first else [])]
+        self.average = _average(cli)
+        self.stopper: EarlyStopping | None = None
+        if config.early_stopping is not None:
+            mode = "max" if self.greatest else "min"
+            self.stopper = EarlyStopping(self.metric, patience=config.early_stopping, mode=mode)
+        # before the saver: what a checkpoint holds is decided when it is written
+        before = [one for one in (self.average, self.stopper) if one is not None]
+        callbacks = [self.meter, *before, self.saver, *([display] if self.first else [])]
         if config.trainer.max_steps == -1:
-            # before the saver: a checkpoint belongs to a number of steps that is written down
             callbacks.insert(1, self.planner(config.minutes, cli.model.warmup_steps, self._decided))
+        if config.compile:
+            cli.model.model.backbone.compile(**({} if config.compile is True else {"backend": config.compile}))
         self.trainer = cli.build_trainer(
             loggers=[
                 MetricsTable(run.metrics, self.step, self.columns),
@@ -124,7 +141,10 @@ class Training:
         except (Interrupted, SIGTERMException):
             module = self._whole()
             if self.first:
+                if self.average is not None and self.average.use:
+                    self.average.put_into(module)
                 report.save_interrupted(self.run, module, self.cli.datamodule)
+                self.draw()
             self._part(f"stopped after step {self.saver.saved_step}; the model so far is in {self.run.model}")
             return self.interruption.exit_status
         except Aborted:
@@ -155,11 +175,20 @@ class Training:
             return
         before = self.run.read_json(self.run.environment)
         if before is None:
+            self._keep_earlier_run()
             self.run.write_text(self.run.configuration, self.cli.text())
             self.run.write_json(self.run.environment, now)
             return
         for difference in environment.differences(before, now):
             self.console.print(f"the bits may differ from an uninterrupted run: {difference}", style="yellow")
+
+    def _keep_earlier_run(self) -> None:
+        """Copies what the schedule was refined from, so that the run resumes without the earlier one."""
+        earlier = self.cli.model.refined_from
+        if earlier is not None:
+            self.run.refined_from.mkdir(exist_ok=True)
+            shutil.copy(Path(earlier).expanduser() / self.run.metrics.name, self.run.refined_from)
+            self.cli.config.model.refined_from = str(self.run.refined_from)
 
     def _introduce(self) -> None:
         config = self.cli.model.model.config
@@ -174,6 +203,11 @@ class Training:
         if self.processes is not None:
             size, shared = self.processes.size, self.processes.sequence_parallel
             self._say(f"       divided among {size} processes, each sequence among {shared}")
+        if self.first:
+            module = self.cli.model
+            groups = describe_groups(module.model, parameter_groups(module.model, module.lr, module.weight_decay))
+            self.run.write_json(self.run.groups, groups)
+            self.console.print(groups_table(groups))
 
     def data_words(self) -> str:
         """Where the data lie, and how many there are."""
@@ -181,7 +215,14 @@ class Training:
         return f"{data.source()}: {data.words('training')} to train on, {data.words('validation')} to validate"
 
     def _trained(self) -> bool:
-        return 0 < self.trainer.max_steps <= self.step
+        return 0 < self.trainer.max_steps <= self.step or self._stopped_early()
+
+    def _stopped_early(self) -> bool:
+        stopper = self.stopper
+        if stopper is None:
+            return False
+        kept = self.state.get("callbacks", {}).get(stopper.state_key, stopper.state_dict())
+        return kept["wait_count"] >= stopper.patience
 
     def _fit(self) -> None:
         checkpoint = None if self.checkpoint is None else str(self.checkpoint)
@@ -189,6 +230,8 @@ class Training:
         with self.interruption.listen():
             self.trainer.fit(self.cli.model, datamodule=self.cli.datamodule, ckpt_path=checkpoint)
         self.step = self.trainer.global_step
+        if self._stopped_early():
+            self._say(f"stopped early: {self.cli.config.early_stopping} validations without a better one")
         if self.processes is None:
             # the trainer hands the module back on the CPU
             self.cli.model.to(self.trainer.strategy.root_device)
@@ -199,7 +242,7 @@ class Training:
             self.cli.model.load_state_dict(self.state["state_dict"])
         elif self.checkpoint is not None:
             load_into(self.checkpoint, self.cli.model, [])
-        for callback in (self.meter, self.saver):
+        for callback in (self.meter, self.saver, *([] if self.average is None else [self.average])):
             callback.load_state_dict(self.state["callbacks"][callback.state_key])
 
     def _whole(self) -> LanguageModeling:
@@ -225,7 +268,12 @@ class Training:
             "best_step": self.saver.best_step,
             "validated_step": self.saver.validated_step,
         }
+        if self.average is not None and self.average.use:
+            self.average.put_into(module)
         use = self.finish(module, facts)
+        if self.average is not None and not self.average.use:
+            self.average.put_into(module)
+            save_pretrained(module.model, self.run.average)
         self._say(f"run    {self.run.path}")
         self._say(f"       {use}")
 
@@ -233,6 +281,10 @@ class Training:
         """Judges a module with the last weights and leaves the report; returns what can be done with the run."""
         report.finish(self.run, module, self.cli.datamodule, facts, self.console)
         return f"seqzoo generate --checkpoint {self.run.path} continues a prompt"
+
+    def draw(self) -> None:
+        """Draws the curves so far."""
+        report.draw(self.run, {}, None)
 
     def _say(self, words: str) -> None:
         self.console.print(words, markup=False, highlight=False, soft_wrap=True)
@@ -243,6 +295,43 @@ class Training:
         self._say(f"run    {self.run.path}")
         if self.run.last.exists():
             self._say(f"       last checkpoint: step {self.saver.saved_step}; go on: {self.run.resume_command()}")
+
+
+def _average(cli: TrainingCLI) -> AveragedWeights | None:
+    """What keeps an average of the weights, where one is asked for."""
+    if cli.model.schedule == "schedule_free":
+        return ScheduleFreeWeights()
+    decay = cli.config.ema_decay
+    return None if decay is None else ExponentialAverage(decay, cli.config.ema_use)
+
+
+def _check_options(cli: TrainingCLI, processes: Processes | None) -> None:
+    """Raises ConfigurationError where options exclude one another."""
+    config, schedule = cli.config, cli.model.schedule
+    if config.early_stopping is not None and config.early_stopping < 1:
+        raise ConfigurationError(f"early_stopping must be at least 1 validation, got {config.early_stopping}")
+    if not config.ema_use and config.ema_decay is None:
+        raise ConfigurationError("ema_use=false says what becomes of an average, which ema_decay asks for; give both")
+    if isinstance(config.compile, str):
+        known = torch._dynamo.list_backends(exclude_tags=())
+        if config.compile not in known:
+            raise ConfigurationError(
+                f"compile must be true, false or a backend of torch.compile, got {config.compile!r}; "
+                f"{nearest(config.compile, known)}"
+            )
+    if config.ema_decay is not None and schedule == "schedule_free":
+        raise ConfigurationError("schedule='schedule_free' averages weights itself; leave ema_decay out")
+    if schedule == "refined" and config.trainer.max_steps == -1:
+        raise ConfigurationError(
+            "schedule='refined' needs the number of steps from the first on; give trainer.max_steps"
+        )
+    if processes is None:
+        return
+    alone = {"ema_decay": config.ema_decay is not None, "compile": bool(config.compile)}
+    alone["schedule='schedule_free'"] = schedule == "schedule_free"
+    for name, given in alone.items():
+        if given:
+            raise ConfigurationError(f"{name} is for one process; leave it or sequence_parallel out")
 
 
 def check_data(cli: TrainingCLI, processes: Processes | None = None) -> None:

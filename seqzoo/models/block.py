@@ -81,10 +81,10 @@ class Block(nn.Module):
         """Maps ``(B, T, D)`` to ``(B, T, D)``, the mixer's state or None, and the auxiliary losses' sum, a scalar.
 
         Raises:
-            ValueError: If batch norm meets packing or a state.
+            ValueError: If batch norm meets a state.
         """
-        if self.batch_norm and (cu_seqlens is not None or state is not None or return_state):
-            raise ValueError("norm='batch' takes dense batches, no packing and no state; use norm='rms' or 'layer'")
+        if self.batch_norm and (state is not None or return_state):
+            raise ValueError("norm='batch' takes whole sequences and no state; use norm='rms' or 'layer'")
         mixed, state, auxiliary = self.mixer(
             self.mixer_norm(x) if self.pre else x,
             state,

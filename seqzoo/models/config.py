@@ -67,7 +67,7 @@ class BackboneConfig:
             (``dynamic=False``).
         n_experts: Experts of an MLP of experts.
         top_k: Experts that a token goes to, at most ``n_experts``.
-        norm: ``"rms"``, ``"layer"``, or ``"batch"`` (dense batches of sequences of one length alone).
+        norm: ``"rms"``, ``"layer"``, or ``"batch"``, over all true tokens of a batch (whole sequences alone, no state).
         norm_eps: Epsilon of the norms.
         norm_position: ``"pre"``, before mixer and MLP, or ``"post"``, after the residual.
         residual_in_fp32: Whether a model of float16 or bfloat16 parameters sums its branches in float32; with

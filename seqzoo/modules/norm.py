@@ -34,9 +34,11 @@ class LayerNorm(nn.LayerNorm):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over batch and time, for dense batches of sequences of one length.
+    """Batch normalisation over batch and time, https://arxiv.org/abs/1502.03167.
 
-    In training every token is normalised by statistics of all others, the later ones included.
+    In training every token is normalised by statistics of all others, the later ones and those of other sequences
+    included. Of packed sequences, as which models run padded ones, those are the true tokens; implementations that
+    pad have padding in their statistics.
     """
 
     def __init__(self, d_model: int, eps: float = EPS) -> None:

@@ -130,21 +130,43 @@ def test_the_loss_holds_the_auxiliary_losses(build: Build, tokens: Callable[...,
     torch.testing.assert_close(model.loss(ids, labels), plain + 0.25 * auxiliary)
 
 
-def test_batch_norm_refuses_packing_and_states(build: Build, tokens: Callable[..., torch.Tensor]):
+def test_batch_norm_refuses_states(build: Build, tokens: Callable[..., torch.Tensor]):
     model = build(norm="batch").train()
     ids = tokens(1, 6)
     assert torch.isfinite(model(ids)[0]).all()
     state = model.init_state(1)
-    for options in (
-        {"cu_seqlens": torch.tensor([0, 2, 6], dtype=torch.int32)},
-        {"lengths": [4]},
-        {"state": state},
-        {"return_state": True},
-    ):
-        with pytest.raises(ValueError, match="norm='batch' takes dense batches"):
+    for options in ({"state": state}, {"return_state": True}):
+        with pytest.raises(ValueError, match="norm='batch' takes whole sequences and no state"):
             model(ids, **options)
     with pytest.raises(ValueError, match="takes whole sequences alone and cannot step"):
         model.step(ids[:, 0], state)
+
+
+def test_batch_norm_counts_true_tokens_alone(build: Build, tokens: Callable[..., torch.Tensor]):
+    ids, lengths = tokens(3, 6), [6, 4, 1]
+    packed = torch.cat([row[:length] for row, length in zip(ids, lengths, strict=True)])[None]
+    bounds = torch.tensor([0, 6, 10, 11], dtype=torch.int32)
+    found = []
+    for given in (
+        {"ids": ids, "lengths": lengths},
+        {"ids": torch.nn.functional.pad(ids, (0, 5), value=1), "lengths": lengths},
+        {"ids": packed, "cu_seqlens": bounds},
+    ):
+        model = build(norm="batch").double().train()
+        norm = model.backbone.blocks[0].mixer_norm
+        logits = model(given.pop("ids"), **given)[0]
+        true = logits[0] if "cu_seqlens" in given else torch.cat([logits[row, :n] for row, n in enumerate(lengths)])
+        true.square().sum().backward()
+        found.append((true.detach(), norm.running_mean.clone(), norm.running_var.clone(), norm.weight.grad))
+    embedded = build(norm="batch").double().embedding(packed)[0]
+    torch.testing.assert_close(found[0][1], 0.1 * embedded.mean(0), rtol=1e-12, atol=1e-14)
+    for other in found[1:]:
+        for one, another in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, another, rtol=1e-10, atol=1e-12)
+    # judged, a token has the numbers that it has without its neighbours
+    model.eval()
+    alone = torch.cat([model(ids[row : row + 1, :n])[0][0] for row, n in enumerate(lengths)])
+    torch.testing.assert_close(model(packed, cu_seqlens=bounds)[0][0], alone, rtol=1e-10, atol=1e-12)
 
 
 def test_learned_positions_are_those_of_each_sequence(build: Build, tokens: Callable[..., torch.Tensor]):

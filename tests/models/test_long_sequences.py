@@ -254,7 +254,7 @@ def test_wrong_arguments_of_chunks(build: Build, tokens: Tokens):
         backward_in_chunks(model, ids, ids, 2)
     with pytest.raises(LimitError, match="Attention has no state"):
         backward_in_chunks(build([{"name": "attention", "causal": False}]), ids, ids, 2)
-    with pytest.raises(ValueError, match="norm='batch' takes dense batches"):
+    with pytest.raises(ValueError, match="norm='batch' takes whole sequences"):
         backward_in_chunks(build(norm="batch"), ids, ids, 2)
 
 

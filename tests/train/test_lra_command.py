@@ -39,6 +39,9 @@ def test_it_trains_reports_and_has_nothing_to_resume(tmp_path, capsys):
     assert [row["step"] for row in rows if row["validation_accuracy"] is not None] == [4, 8, 12]
     best = max(row["validation_accuracy"] for row in rows if row["validation_accuracy"] is not None)
     assert report["validation_accuracy"] == pytest.approx(best)
+    assert all(0.5 < row["packing"] <= 1.0 for row in rows if row["train_loss"] is not None)
+    assert all(row["gradient_norm"] > 0 for row in rows if row["train_loss"] is not None)
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert type(from_pretrained(run / "model")) is SequenceClassifier
     assert main(["--resume", str(run)]) == 0
     assert "there is nothing to resume" in capsys.readouterr().out

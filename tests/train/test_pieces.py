@@ -58,20 +58,22 @@ def test_a_step_has_its_own_seed():
 def test_a_nan_is_traced_to_its_origin():
     model = module().model
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    check_finite(torch.tensor(1.0), model, ids, step=3)
+    check_finite(torch.tensor(1.0), model, ids, step=3, batch=3)
     with torch.no_grad():
         model.backbone.blocks[0].mixer.in_proj.weight[0, 0] = float("inf")
     with pytest.raises(
         NonFiniteLoss, match=r"loss of step 4 is nan; the parameter backbone\.blocks\.0\.mixer\.in_proj"
     ):
-        check_finite(torch.tensor(float("nan")), model, ids, step=3)
+        check_finite(torch.tensor(float("nan")), model, ids, step=3, batch=3)
 
     class Breaks(torch.nn.Module):
         def forward(self, x):
             return x / 0.0
 
     with pytest.raises(NonFiniteLoss, match=r"loss of step 1 is inf; the first layer whose output .* is 1 \(Breaks\)"):
-        check_finite(torch.tensor(float("inf")), torch.nn.Sequential(torch.nn.Tanh(), Breaks()), torch.ones(2), step=0)
+        check_finite(
+            torch.tensor(float("inf")), torch.nn.Sequential(torch.nn.Tanh(), Breaks()), torch.ones(2), step=0, batch=0
+        )
 
 
 def test_the_picture_is_a_png():

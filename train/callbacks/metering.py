@@ -10,9 +10,13 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from seqzoo.train.data.language import LanguageData
 from seqzoo.train.data.windows import replica, tokens_of
+
+# Euclidean, and the sum of absolute values
+NORMS = {"gradient_norm": 2.0, "gradient_l1": 1.0}
 
 
 class Metering(lightning.Callback):
@@ -29,11 +33,12 @@ class Metering(lightning.Callback):
         self.bytes = 0
         self.loss: float | None = None
         self.validation_bpb: float | None = None
-        # of packed documents, the share of the last batches that is no padding, were they filled up
+        # the share of the last batches that is no padding; of packed documents, were they filled up
         self.packing: float | None = None
         self._since: dict[str, float] = {"loss": 0.0, "batches": 0, "bytes": 0, "seconds": 0.0, "room": 0}
         self._begin = 0.0
         self._recent: deque[tuple[int, float]] = deque(maxlen=50)
+        self._norms: dict[str, float] = {}
 
     @property
     def bytes_per_second(self) -> float:
@@ -49,6 +54,15 @@ class Metering(lightning.Callback):
         """Starts the clock."""
         self._begin = time.perf_counter()
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Measures the gradients before they are clipped, in the steps that become rows."""
+        if not self._becomes_row(trainer, trainer.global_step + 1):
+            return
+        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+        for name, order in NORMS.items():
+            norm = torch.nn.utils.get_total_norm(gradients, order)
+            self._norms[name] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         """Adds the step; every ``log_every_n_steps`` updates it is a row."""
         # reading the loss waits for the device, so it comes before the clock is read
@@ -56,7 +70,7 @@ class Metering(lightning.Callback):
         seconds = time.perf_counter() - self._begin
         # of packed documents the groups of processes have unequally many
         size, room = trainer.strategy.reduce(
-            torch.tensor([self.size(batch), getattr(batch, "capacity", 0)], device=pl_module.device), reduce_op="sum"
+            torch.tensor([self.size(batch), self.room(batch)], device=pl_module.device), reduce_op="sum"
         ).tolist()
         shared = trainer.world_size // replica(trainer)[1]
         size, room = round(size / shared * self.scale(trainer)), round(room / shared * self.scale(trainer))
@@ -68,7 +82,7 @@ class Metering(lightning.Callback):
             self._since[name] += value
         step = trainer.global_step
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
-        if accumulating or (step % trainer.log_every_n_steps != 0 and step != trainer.max_steps):
+        if accumulating or not self._becomes_row(trainer, step):
             return
         mean = self._since["loss"] / self._since["batches"]
         row = {
@@ -77,6 +91,7 @@ class Metering(lightning.Callback):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             self.speed: round(self._since["bytes"] / max(self._since["seconds"], 1e-9)),
             "seconds": round(self.seconds, 3),
+            **self._norms,
         }
         if self._since["room"]:
             self.packing = row["packing"] = self._since["bytes"] / self._since["room"]
@@ -91,6 +106,9 @@ class Metering(lightning.Callback):
         """Bytes of a token."""
         data = getattr(trainer, "datamodule", None)
         return data.bytes_per_token("training") if isinstance(data, LanguageData) else 1.0
+    def room(self, batch: Any) -> int:
+        """Bytes that it would predict without padding; 0 of batches that have none."""
+        return getattr(batch, "capacity", 0)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """A row with the validation's result."""
@@ -100,6 +118,9 @@ class Metering(lightning.Callback):
         row = {"validation_bpb": self.validation_bpb, "seconds": round(self.seconds, 3)}
         perplexity = float(trainer.callback_metrics["validation_perplexity"])
         self._log(trainer, {**row, "validation_perplexity": perplexity})
+
+    def _becomes_row(self, trainer: Any, step: int) -> bool:
+        return step % trainer.log_every_n_steps == 0 or step == trainer.max_steps
 
     def _log(self, trainer: Any, row: dict[str, float]) -> None:
         for logger in trainer.loggers:

@@ -7,11 +7,13 @@ import time
 from typing import Any
 
 import lightning.pytorch as lightning
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from seqzoo.train.callbacks.metering import Metering
+from seqzoo.train.environment import memory_in_use
 
 PLAIN_SECONDS = 15.0
 
@@ -32,10 +34,12 @@ class ProgressDisplay(lightning.Callback):
         self._first = (0, 0.0)
         self._shown = 0.0
         self._average: float | None = None
+        self._device = torch.device("cpu")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Opens the line."""
         self._first = (trainer.global_step, time.monotonic())
+        self._device = pl_module.device
         self._shown = time.monotonic()
         if self._console.is_terminal:
             self._progress = Progress(
@@ -89,9 +93,11 @@ class ProgressDisplay(lightning.Callback):
         if self._meter.validation_bpb is not None:
             words.append(f"val {self._meter.validation_bpb:.3f}")
         words.append(f"{quantity(self._meter.recent_bytes_per_second)}B/s")
-        if self._meter.packing is not None:
-            words.append(f"{100.0 * self._meter.packing:.1f} % filled")
-        return "  ".join([*words, *self._left(step, total)])
+        return "  ".join([*words, *self._rest(step, total)])
+
+    def _rest(self, step: int, total: int | None) -> list[str]:
+        filled = [] if self._meter.packing is None else [f"{100.0 * self._meter.packing:.1f} % filled"]
+        return [*filled, f"{quantity(float(memory_in_use(self._device)))}B", *self._left(step, total)]
 
     def _left(self, step: int, total: int | None) -> list[str]:
         done = step - self._first[0]
