@@ -13,10 +13,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from seqzoo.hub.saving import find_checkpoint, from_pretrained
+from seqzoo.layers.prefix_linear_attention import PrefixLinearAttention
 from seqzoo.models.continuations import score
 from seqzoo.models.generation import stream
 from seqzoo.models.language_model import LanguageModel
 from seqzoo.models.tokenizer import Tokenizer, check_tokenizer, load_tokenizer, tokenizer_of
+from seqzoo.modules.options import check_flags
 
 # what stands before a text without context where the tokenizer has no token for it: a line has ended
 NEWLINE = "\n"
@@ -30,6 +32,11 @@ class HarnessModel(TemplateLM):
     is read once. Without ``max_length`` whole texts are read, whatever their length, the state carried from piece to
     piece; no window cuts them.
 
+    With ``twice`` every context stands in the prompt twice, a line apart (JRT-Prompt, "Just read twice",
+    https://arxiv.org/abs/2407.05483, section 3): a model of little memory reads it the second time knowing what is
+    asked for. With ``prefix`` the layers of prefix linear attention read the prompt's beginning as a whole (section 4).
+    Whole texts, which have no context, are read as ever.
+
     Args:
         pretrained: A checkpoint's folder or that of a training run, or the model itself.
         tokenizer: A :class:`Tokenizer` or the name of one (:func:`load_tokenizer`); None means that of the checkpoint,
@@ -40,10 +47,13 @@ class HarnessModel(TemplateLM):
         batch_size: Prompts that are continued at once.
         max_gen_toks: Tokens of a continuation whose request names no other number.
         device: Where to run.
+        twice: Whether contexts stand in the prompt twice.
+        prefix: Whether mixers that know a prefix see the context, or of two copies the first, as a whole.
 
     Raises:
         TypeError: If the checkpoint holds no language model.
-        ValueError: If tokenizer and vocabulary do not fit, or a number is below 1.
+        ValueError: If tokenizer and vocabulary do not fit, a number is below 1, or a model without such a mixer is to
+            read a prefix.
     """
 
     def __init__(
@@ -55,8 +65,12 @@ class HarnessModel(TemplateLM):
         batch_size: int | str = 16,
         max_gen_toks: int = 256,
         device: str = "cpu",
+        twice: bool = False,
+        prefix: bool = False,
     ) -> None:
         super().__init__()
+        check_flags(twice=twice, prefix=prefix)
+        self.twice, self.prefix = twice, prefix
         numbers = {"batch_tokens": batch_tokens, "batch_size": batch_size, "max_gen_toks": max_gen_toks}
         if max_length is not None:
             numbers["max_length"] = max_length
@@ -74,6 +88,11 @@ class HarnessModel(TemplateLM):
             chosen = tokenizer_of(folder, self.model.config.vocab_size) if tokenizer is None else tokenizer
         loaded = load_tokenizer(chosen) if isinstance(chosen, str) else chosen
         self.text = check_tokenizer(loaded, self.model.config.vocab_size)
+        if prefix and not any(isinstance(module, PrefixLinearAttention) for module in self.model.modules()):
+            raise ValueError(
+                "prefix asks for a mixer that reads a prefix as a whole, prefix_linear_attention; the model's pattern "
+                f"is {self.model.config.pattern}"
+            )
         limit = self.model.config.max_positions
         if max_length is not None and limit is not None and max_length > limit:
             raise ValueError(f"max_length must be at most the model's max_positions, {limit}, got {max_length}")
@@ -93,41 +112,54 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **options: Any
     ) -> list[tuple[float, bool]]:
+        # what stands for an empty context is no context
+        return self._scored([(ids, answer, self.twice and text != "") for (text, _), ids, answer in requests])
+
+    def _scored(self, requests: list[tuple[list[int], list[int], bool]]) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations, and whether they are greedy; of contexts that may be doubled."""
         found: list[tuple[float, bool] | None] = [None] * len(requests)
-        # answers to one context beside one another
-        contexts: dict[tuple[int, ...], list[int]] = {}
-        for index, (_, context, continuation) in enumerate(requests):
-            contexts.setdefault(tuple(self._cut(context, continuation)), []).append(index)
-        for group in self._batches(contexts, requests):
-            prompts = [torch.tensor(context) for context in group]
-            answers = [[torch.tensor(requests[index][2]) for index in group[context]] for context in group]
+        # answers to one context beside one another, by the prompt and the length of its prefix
+        contexts: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for index, (context, continuation, twice) in enumerate(requests):
+            prompt, first = self._fitted(context, len(continuation), twice)
+            contexts.setdefault((tuple(prompt), first), []).append(index)
+        for group in self._batches(contexts, [continuation for _, continuation, _ in requests]):
+            prompts = [torch.tensor(prompt) for prompt, _ in group]
+            answers = [[torch.tensor(requests[index][1]) for index in indices] for indices in group.values()]
+            prefixes = [first for _, first in group] if self.prefix else None
             with torch.inference_mode():
-                scores = score(self.model, prompts, answers)
-            for context, several in zip(group, scores, strict=True):
-                for index, one in zip(group[context], several, strict=True):
+                scores = score(self.model, prompts, answers, prefixes)
+            for indices, several in zip(group.values(), scores, strict=True):
+                for index, one in zip(indices, several, strict=True):
                     found[index] = float(one.log_probabilities.sum()), bool(one.greedy.all())
         return [one for one in found if one is not None]
 
-    def _cut(self, context: list[int], continuation: list[int]) -> list[int]:
-        """The end of a context that still fits before its continuation."""
-        if self.max_length is None:
-            return context
-        room = self.max_length + 1 - len(continuation)  # the last token is scored and not read
-        if room < 1:
-            raise ValueError(
-                f"a continuation of {len(continuation)} tokens does not fit into max_length = {self.max_length} behind "
-                "a context of at least one"
-            )
-        return context[-room:]
+    def _fitted(self, context: list[int], following: int, twice: bool) -> tuple[list[int], int]:
+        """The end of a context that still fits before so many tokens, twice if asked for, and its first copy's length.
+
+        Raises:
+            ValueError: If not one token, or not two copies of one, fit.
+        """
+        between = self.text.encode(NEWLINE) if twice else []
+        if self.max_length is not None:
+            room = self.max_length + 1 - following  # the last token is scored and not read
+            room = (room - len(between)) // 2 if twice else room
+            if room < 1:
+                raise ValueError(
+                    f"a continuation of {following} tokens does not fit into max_length = {self.max_length} behind a "
+                    f"context of at least one{', twice' if twice else ''}"
+                )
+            context = context[-room:]
+        return [*context, *between, *context] if twice else context, len(context)
 
     def _batches(
-        self, contexts: dict[tuple[int, ...], list[int]], requests: list[tuple[Any, list[int], list[int]]]
-    ) -> Iterator[dict[tuple[int, ...], list[int]]]:
-        """Contexts of about as many tokens as are read at once."""
-        batch: dict[tuple[int, ...], list[int]] = {}
+        self, contexts: dict[tuple[tuple[int, ...], int], list[int]], continuations: list[list[int]]
+    ) -> Iterator[dict[tuple[tuple[int, ...], int], list[int]]]:
+        """Prompts of about as many tokens as are read at once."""
+        batch: dict[tuple[tuple[int, ...], int], list[int]] = {}
         size = 0
         for context, indices in contexts.items():
-            cost = max(len(context), sum(len(requests[index][2]) for index in indices))
+            cost = max(len(context[0]), sum(len(continuations[index]) for index in indices))
             if batch and size + cost > self.batch_tokens:
                 yield batch
                 batch, size = {}, 0
@@ -147,8 +179,8 @@ class HarnessModel(TemplateLM):
             return self._carried(torch.tensor([self.eot_token_id, *ids]).split(self.batch_tokens))
         windows = get_rolling_token_windows(ids, self.eot_token_id, self.max_length, 1)
         cut = [make_disjoint_window(window) for window in windows]
-        asked = [(("", ""), list(context), list(continuation)) for context, continuation in cut]
-        return sum(value for value, _ in self._loglikelihood_tokens(asked))
+        asked = [(list(context), list(continuation), False) for context, continuation in cut]
+        return sum(value for value, _ in self._scored(asked))
 
     def _carried(self, pieces: Sequence[Tensor]) -> float:
         total, state = 0.0, None
@@ -172,29 +204,24 @@ class HarnessModel(TemplateLM):
         for (until, count, temperature, top_k, top_p), indices in alike.items():
             for start in range(0, len(indices), self.batch_size):
                 part = indices[start : start + self.batch_size]
-                prompts = [self._prompt(requests[index].args[0], count) for index in part]
+                texts = [self.text.encode(requests[index].args[0]) for index in part]
+                prompts = [
+                    self._fitted(text or [self.eot_token_id], count, self.twice and bool(text)) for text in texts
+                ]
                 sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
                 for index, text in zip(part, self._continued(prompts, until, count, sampling), strict=True):
                     found[index] = text
         return found
 
-    def _prompt(self, text: str, count: int) -> Tensor:
-        ids = self.text.encode(text) or [self.eot_token_id]
-        if self.max_length is not None:
-            room = self.max_length + 1 - count
-            if room < 1:
-                raise ValueError(
-                    f"max_gen_toks = {count} leaves no room for a prompt in max_length = {self.max_length}"
-                )
-            ids = ids[-room:]
-        return torch.tensor(ids)
-
     def _continued(
-        self, prompts: list[Tensor], until: tuple[str, ...], count: int, sampling: dict[str, Any]
+        self, prompts: list[tuple[list[int], int]], until: tuple[str, ...], count: int, sampling: dict[str, Any]
     ) -> list[str]:
+        """What follows each prompt, which comes with the length of its prefix."""
         rows: list[list[int]] = [[] for _ in prompts]
         done: list[str | None] = [None] * len(prompts)
-        for tokens in stream(self.model, prompts, count, **sampling):
+        rows_of = [torch.tensor(prompt) for prompt, _ in prompts]
+        prefixes = [first for _, first in prompts] if self.prefix else None
+        for tokens in stream(self.model, rows_of, count, prefix_lengths=prefixes, **sampling):
             for index, token in enumerate(tokens.tolist()):
                 if done[index] is None:
                     rows[index].append(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
 import html
 import io
@@ -28,6 +29,8 @@ LENGTHS = (1024, 65536)
 # of the options, what two runs differ in anyway
 OF_THE_RUN = ("name", "runs", "seed_everything", "model.init_args.config.format")
 MISSING = "-"
+# what seqzoo eval leaves beside its numbers
+PICTURES = ("context.png", "accuracy.png", "recall.png", "state-tracking.png")
 
 
 @dataclass
@@ -39,6 +42,8 @@ class Run:
     environment: dict[str, Any]
     report: dict[str, Any]
     metrics: dict[str, list[tuple[float, float]]]
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
     sample: str = ""
     sizes: dict[str, int] = field(default_factory=dict)
 
@@ -64,10 +69,15 @@ def read_run(path: Path) -> Run:
     run = Run(
         folder,
         flatten(options),
-        folder.read_json(folder.environment) or {},
-        folder.read_json(folder.report) or {},
+        _mapping(folder, folder.environment),
+        _mapping(folder, folder.report),
         read_curves(folder.metrics),
+        _mapping(folder, folder.path / "evaluation.json"),
     )
+    for name in PICTURES:
+        path = folder.path / name
+        if path.is_file():
+            run.pictures[name] = path.read_bytes()
     if folder.sample.is_file():
         run.sample = folder.sample.read_text(encoding="utf-8", errors="replace")
     run.sizes = read_sizes(folder)
@@ -110,11 +120,16 @@ def read_sizes(folder: RunFolder) -> dict[str, int]:
     """Parameters, and the numbers that a sequence's state holds, of the model that a run left."""
     if not (folder.model / CONFIG).is_file():
         return {}
-    values = folder.read_json(folder.model / CONFIG)
-    kind = model_class(values.pop("model"))
-    # the meta device has shapes without memory
-    with torch.device("meta"):
-        model = kind(kind.config_class.from_dict(values))
+    values = _mapping(folder, folder.model / CONFIG)
+    try:
+        kind = model_class(values.pop("model"))
+        # the meta device has shapes without memory
+        with torch.device("meta"):
+            model = kind(kind.config_class.from_dict(values))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(
+            f"{folder.model / CONFIG} does not fit this version of SeqZoo: {error}; use the version that made it"
+        ) from error
     sizes = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     if hasattr(model, "state_size"):
         sizes |= {f"state after {length} tokens": model.state_size(length) for length in LENGTHS}
@@ -137,6 +152,10 @@ def facts(run: Run) -> dict[str, Any]:
             found[_words(name)] = value
     for name in ("steps", "model_of_step", "seconds"):
         found[_words(name)] = report.get(name)
+    if "accuracy" in run.evaluation:
+        found["evaluated accuracy (test)"] = run.evaluation["accuracy"]
+    for context, value in run.evaluation.get("bits_per_byte", {}).items():
+        found[f"evaluated bits per byte, context {context}"] = value
     rates = [name for name in report if name.endswith("_per_second")]
     found |= {_words(name): report[name] for name in rates}
     found |= run.sizes or {"parameters": report.get("parameters")}
@@ -188,6 +207,11 @@ def page(runs: Sequence[Run]) -> str:
         rows = [["option", *(run.name for run in runs)]]
         rows += [[name, *(_text(value) for value in values)] for name, values in found.items()]
         parts.append(_html_table(rows) if found else "<p>none</p>")
+    for run in runs:
+        for name, picture in run.pictures.items():
+            words = html.escape(f"{name.removesuffix('.png')} of {run.name}")
+            data = base64.b64encode(picture).decode()
+            parts.append(f'<h2>{words}</h2><img alt="{words}" src="data:image/png;base64,{data}">')
     for run in runs:
         if run.sample:
             parts.append(f"<h2>sample of {html.escape(run.name)}</h2><pre>{html.escape(run.sample)}</pre>")
@@ -249,6 +273,13 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _mapping(folder: RunFolder, path: Path) -> dict[str, Any]:
+    values = folder.read_json(path)
+    if values is not None and not isinstance(values, dict):
+        raise RunFolderError(f"{path} is damaged: it holds {type(values).__name__}, not names and values")
+    return values or {}
+
+
 def _baselines(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in run.report.items():
@@ -303,7 +334,7 @@ table {{ border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: 
 th, td {{ border: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap }}
 th:first-child {{ text-align: left; font-weight: 500 }}
 pre {{ background: #f5f5f5; padding: 0.8rem; overflow-x: auto }}
-svg {{ max-width: 100%; height: auto }}
+svg, img {{ max-width: 100%; height: auto }}
 </style>
 </head>
 <body>

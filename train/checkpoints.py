@@ -6,6 +6,7 @@ Nothing is pickled, so loading a file runs no code that came with it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from seqzoo.hub.files import atomic_file
 
 FORMAT = "seqzoo-checkpoint-1"
+# what training goes on from
+PARTS = ("global_step", "state_dict", "optimizer_states", "loops", "callbacks")
 
 
 class CheckpointError(RuntimeError):
@@ -61,6 +64,32 @@ def read_checkpoint(path: Path) -> Any:
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is truncated or damaged: {error}; expected a whole safetensors file"
         ) from error
+
+
+def check_fits(path: Path, state: Any, expected: Mapping[str, Tensor]) -> None:
+    """Checks that training can go on from a checkpoint.
+
+    Args:
+        path: Of the file, for the message.
+        state: What :func:`read_checkpoint` read.
+        expected: The tensors of the module that is to be trained.
+
+    Raises:
+        CheckpointError: If a part is missing, or tensors have other names or shapes; names the first.
+    """
+    missing = [name for name in PARTS if not isinstance(state, Mapping) or name not in state]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {', '.join(missing)}: another version of SeqZoo wrote it; resume with that version"
+        )
+    ours = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in state["state_dict"].items()}
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise CheckpointError(
+                f"{path} does not fit the model of config.yaml: the shape of {name} is {theirs.get(name)} in the "
+                f"checkpoint and {ours.get(name)} in the model; restore config.yaml, or begin a new run"
+            )
 
 
 class SafetensorsIO(CheckpointIO):

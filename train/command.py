@@ -28,6 +28,8 @@ from seqzoo.version import __version__
 
 USAGE_ERROR = 2
 FAILED = 1
+# what a report holds of one kind of run or the other
+SCORES = {"test_accuracy", "validation_bits_per_byte"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -94,6 +96,11 @@ def resume(path: Path, console: Console) -> int:
     with held(run, processes):
         finished = run.read_json(run.report)
         if finished is not None:
+            if not isinstance(finished, dict) or "steps" not in finished or not SCORES & finished.keys():
+                raise RunFolderError(
+                    f"{run.report} is damaged: it does not tell steps and score of a finished run; delete it, and the "
+                    "run is judged again from its last checkpoint"
+                )
             console.print(
                 f"{run.path} is finished: {finished['steps']} steps, {_score(finished)}; there is nothing to resume",
                 highlight=False,

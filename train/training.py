@@ -22,7 +22,7 @@ from seqzoo.train.allocator import keep_freed_memory
 from seqzoo.train.averaging import AveragedWeights, ExponentialAverage, ScheduleFreeWeights
 from seqzoo.train.callbacks import Checkpointing, Metering, ProgressDisplay, StepsFromMinutes
 from seqzoo.train.callbacks.progress import quantity
-from seqzoo.train.checkpoints import SafetensorsIO, read_checkpoint
+from seqzoo.train.checkpoints import SafetensorsIO, check_fits, read_checkpoint
 from seqzoo.train.classification import ClassificationModule
 from seqzoo.train.configuration import ConfigurationError
 from seqzoo.train.data.lra import ClassificationData
@@ -81,6 +81,8 @@ class Training:
         self.first = processes is None or processes.rank == 0
         read = read_checkpoint if processes is None else read_rest
         self.state: dict[str, Any] = {} if checkpoint is None else read(checkpoint)
+        if checkpoint is not None and processes is None:
+            check_fits(checkpoint, self.state, cli.model.state_dict())
         self.step = self.state.get("global_step", 0)
         self.interruption = Interruption(0.0 if processes is None else ECHO)
         config = cli.config

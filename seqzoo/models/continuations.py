@@ -61,9 +61,16 @@ def log_likelihoods(
 
 
 def score(
-    model: LanguageModel, prompts: Sequence[Tensor], continuations: Sequence[Sequence[Tensor]]
+    model: LanguageModel,
+    prompts: Sequence[Tensor],
+    continuations: Sequence[Sequence[Tensor]],
+    prefix_lengths: Sequence[int] | None = None,
 ) -> list[list[Score]]:
-    """As :func:`log_likelihoods`, token by token."""
+    """As :func:`log_likelihoods`, token by token.
+
+    Of each prompt ``prefix_lengths`` tokens are a prefix to the mixers that know one (see
+    :meth:`seqzoo.packing.Packing.with_prefixes`); None means none.
+    """
     if len(prompts) != len(continuations):
         raise ValueError(
             f"there must be a list of continuations for each of {len(prompts)} prompts, got {len(continuations)}"
@@ -81,7 +88,7 @@ def score(
         return [[] for _ in prompts]
     _check_range(torch.cat(flat), model.config.vocab_size)
     device = model.embedding.weight.device
-    packing = Packing.from_lengths([len(row) for row in prompts], device=device)
+    packing = Packing.from_lengths([len(row) for row in prompts], prefix_lengths=prefix_lengths, device=device)
     logits, state = model.prefill(torch.cat(list(prompts))[None].to(device), packing)
     order = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)).to(device)
     copies = [{key: value.index_select(0, order) for key, value in one.items()} for one in state]

@@ -59,6 +59,7 @@ def stream(
     top_p: float | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
+    prefix_lengths: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
     """Continues prompts token by token; each is ready when it is computed, and stopping early costs nothing.
 
@@ -78,6 +79,8 @@ def stream(
         top_p: Samples among the fewest most probable tokens whose probabilities sum to ``top_p``, after ``top_k``.
         seed: Of the random numbers; by default PyTorch's own state goes on.
         generator: Source of the random numbers, on the model's device, instead of a seed.
+        prefix_lengths: Tokens of each prompt that are a prefix to the mixers that know one (see
+            :meth:`seqzoo.packing.Packing.with_prefixes`); None means none.
 
     Returns:
         An iterator over the new tokens, int64 ``(B,)`` each.
@@ -100,13 +103,15 @@ def stream(
     if seed is not None:
         generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
     # checked when called, not when first iterated
-    return _stream(model, rows, max_new_tokens, _Sampling(temperature, top_k, top_p, generator))
+    return _stream(model, rows, max_new_tokens, _Sampling(temperature, top_k, top_p, generator), prefix_lengths)
 
 
-def _stream(model: LanguageModel, rows: list[Tensor], n_tokens: int, sampling: _Sampling) -> Iterator[Tensor]:
+def _stream(
+    model: LanguageModel, rows: list[Tensor], n_tokens: int, sampling: _Sampling, prefixes: Sequence[int] | None
+) -> Iterator[Tensor]:
     # each part enters and leaves inference mode by itself: a block around a yield would put the caller into it
     with torch.inference_mode(), _evaluating(model):
-        logits, state = _prefill(model, rows)
+        logits, state = _prefill(model, rows, prefixes)
         token = sample(logits, *sampling)
     for _ in range(n_tokens - 1):
         # a clone made outside of inference mode may enter the caller's autograd
@@ -117,12 +122,13 @@ def _stream(model: LanguageModel, rows: list[Tensor], n_tokens: int, sampling: _
     yield token.clone()
 
 
-def _prefill(model: LanguageModel, rows: list[Tensor]) -> tuple[Tensor, list[State]]:
+def _prefill(model: LanguageModel, rows: list[Tensor], prefixes: Sequence[int] | None) -> tuple[Tensor, list[State]]:
     device = model.embedding.weight.device
     lengths = [row.shape[0] for row in rows]
-    if len(set(lengths)) == 1:
+    if prefixes is None and len(set(lengths)) == 1:
         return model.prefill(torch.stack(rows).to(device))
-    return model.prefill(torch.cat(rows)[None].to(device), Packing.from_lengths(lengths, device=device))
+    packing = Packing.from_lengths(lengths, prefix_lengths=prefixes, device=device)
+    return model.prefill(torch.cat(rows)[None].to(device), packing)
 
 
 def sample(

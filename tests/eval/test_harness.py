@@ -12,6 +12,7 @@ import torch
 from seqzoo.hub import save_pretrained
 from seqzoo.models import LanguageModel, ModelConfig, generate
 from seqzoo.models.tokenizer import characters
+from seqzoo.packing import Packing
 
 pytest.importorskip("lm_eval")
 
@@ -201,3 +202,143 @@ class TestTokenizers:
         model = LanguageModel(ModelConfig(vocab_size=256, d_model=16, n_layers=1, pattern="min_gru", max_positions=4))
         with pytest.raises(ValueError, match="does not fit into max_length = 4"):
             HarnessModel(model).loglikelihood(asking(("ab", "cdefg")), disable_tqdm=True)
+
+
+def count_tokens(model: LanguageModel, monkeypatch) -> list[int]:
+    """The tokens that every call embeds: what the model reads, by whatever way."""
+    read: list[int] = []
+    forward = model.embedding.forward
+    monkeypatch.setattr(model.embedding, "forward", lambda ids: read.append(ids.numel()) or forward(ids))
+    return read
+
+
+class TestReadTokens:
+    def test_a_multiple_choice_reads_its_context_once(self, model, monkeypatch):
+        answers = [" yes", " no", " it may be so"]
+        read = count_tokens(model, monkeypatch)
+        HarnessModel(model).loglikelihood(asking(*(("a question:", one) for one in answers)), disable_tqdm=True)
+        # the last token of an answer is predicted and not read
+        assert sum(read) == len("a question:") + sum(len(one) - 1 for one in answers)
+
+    def test_a_rolling_text_is_read_once(self, model, monkeypatch):
+        read = count_tokens(model, monkeypatch)
+        HarnessModel(model, batch_tokens=7).loglikelihood_rolling(asking(("some text of bytes",)))
+        assert sum(read) == len("some text of bytes") + 1
+
+    def test_generation_steps(self, model, monkeypatch):
+        read = count_tokens(model, monkeypatch)
+        HarnessModel(model).generate_until(asking(("abcd", {"max_gen_toks": 6})))
+        assert sum(read) == 4 + 5
+
+
+class TestTwice:
+    def test_contexts_stand_in_the_prompt_twice(self, model):
+        context, answer = "the key is 7", " it is 7"
+        twice = HarnessModel(model, twice=True).loglikelihood(asking((context, answer)), disable_tqdm=True)[0]
+        by_hand = HarnessModel(model).loglikelihood(asking((f"{context}\n{context}", answer)), disable_tqdm=True)[0]
+        assert twice == (pytest.approx(by_hand[0], rel=1e-12), by_hand[1])
+        once = HarnessModel(model).loglikelihood(asking((context, answer)), disable_tqdm=True)[0]
+        assert once[0] != pytest.approx(twice[0], rel=1e-6)
+        options = {"max_gen_toks": 5}
+        assert HarnessModel(model, twice=True).generate_until(asking((context, options))) == HarnessModel(
+            model
+        ).generate_until(asking((f"{context}\n{context}", options)))
+
+    def test_what_has_no_context_is_read_as_ever(self, model):
+        twice, once = HarnessModel(model, twice=True), HarnessModel(model)
+        for kind, one in (("loglikelihood", ("", "dog")), ("loglikelihood_rolling", ("some text",))):
+            given = asking(one)
+            assert getattr(twice, kind)(given, disable_tqdm=True) == getattr(once, kind)(given, disable_tqdm=True)
+        assert twice.generate_until(asking(("", {"max_gen_toks": 3}))) == once.generate_until(
+            asking(("", {"max_gen_toks": 3}))
+        )
+
+    def test_both_copies_are_cut_where_room_is_short(self, model, monkeypatch):
+        prompts = []
+        prefill = model.prefill
+        monkeypatch.setattr(model, "prefill", lambda ids, packing=None: prompts.append(ids) or prefill(ids, packing))
+        HarnessModel(model, max_length=12, twice=True).loglikelihood(asking(("0123456789", "ab")), disable_tqdm=True)
+        HarnessModel(model, max_length=12, twice=True).generate_until(asking(("0123456789", {"max_gen_toks": 2})))
+        assert [bytes(one[0].tolist()) for one in prompts] == [b"56789\n56789"] * 2
+        with pytest.raises(ValueError, match="context of at least one, twice"):
+            HarnessModel(model, max_length=3, twice=True).loglikelihood(asking(("ab", "cd")), disable_tqdm=True)
+
+
+class TestPrefix:
+    @pytest.fixture
+    def reader(self) -> LanguageModel:
+        torch.manual_seed(1)
+        pattern = ["prefix_linear_attention", "mamba"]
+        made = LanguageModel(ModelConfig(vocab_size=256, d_model=16, n_layers=2, pattern=pattern)).double().eval()
+        with torch.no_grad():
+            made.embedding.weight.mul_(30)
+        return made
+
+    @pytest.mark.parametrize("twice", [False, True])
+    def test_the_first_copy_is_read_as_a_whole(self, reader, twice):
+        context, answer = "a: 1, b: 2; a", ": 1"
+        prompt = f"{context}\n{context}" if twice else context
+        ids = torch.tensor([list((prompt + answer).encode())])
+        packing = Packing.from_lengths([ids.shape[1]], prefix_lengths=[len(context)])
+        with torch.no_grad():
+            scores = reader(ids, cu_seqlens=packing)[0][0].log_softmax(-1)
+        expected = sum(float(scores[len(prompt) + i - 1, byte]) for i, byte in enumerate(answer.encode()))
+        harness = HarnessModel(reader, twice=twice, prefix=True)
+        found = harness.loglikelihood(asking((context, answer)), disable_tqdm=True)[0][0]
+        assert found == pytest.approx(expected, rel=1e-9)
+        causal = HarnessModel(reader, twice=twice).loglikelihood(asking((context, answer)), disable_tqdm=True)[0][0]
+        assert causal != pytest.approx(expected, rel=1e-6)
+
+    def test_a_generation_sees_it_too(self, reader, monkeypatch):
+        seen = []
+        prefill = reader.prefill
+
+        def watched(ids, packing=None):
+            logits, state = prefill(ids, packing)
+            seen.append((None if packing is None else packing.prefix_lengths, logits))
+            return logits, state
+
+        monkeypatch.setattr(reader, "prefill", watched)
+        for prefix in (False, True):
+            harness = HarnessModel(reader, twice=True, prefix=prefix)
+            harness.generate_until(asking(("abcdefg", {"max_gen_toks": 2}), ("gfedcba", {"max_gen_toks": 2})))
+        (no_prefix, causal), (prefixes, whole) = seen
+        assert no_prefix is None
+        assert prefixes.tolist() == [7, 7]
+        assert not torch.allclose(causal, whole)
+
+    def test_a_model_without_such_a_mixer_is_refused(self, model):
+        with pytest.raises(ValueError, match="prefix_linear_attention; the model's pattern is"):
+            HarnessModel(model, prefix=True)
+        with pytest.raises(ValueError, match="twice must be True or False, got 'yes'"):
+            HarnessModel(model, twice="yes")
+
+
+def test_a_task_that_generates(model, tmp_path: Path):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    questions = ["first", "a second one"]
+    for twice in (False, True):
+        texts = [f"{one}\n{one}" if twice else one for one in questions]
+        answers = [
+            bytes(generate(model, torch.tensor([list(text.encode())]), 4, temperature=0)[0].tolist()) for text in texts
+        ]
+        golds = [answers[0].decode(errors="replace"), "something else"]
+        rows = [{"q": one, "a": gold} for one, gold in zip(questions, golds, strict=True)]
+        folder = tmp_path / str(twice)
+        folder.mkdir()
+        (folder / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+        (folder / "saying.yaml").write_text(
+            f"task: saying{twice}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: '{folder}/rows.json'}}}}\n"
+            "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+            "generation_kwargs: {until: ['@@'], max_gen_toks: 4}\n"
+            "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+            "metadata: {version: 1.0}\n"
+        )
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        found = lm_eval.simple_evaluate(
+            model=HarnessModel(model, twice=twice), tasks=[f"saying{twice}"], task_manager=manager, bootstrap_iters=0
+        )
+        assert found is not None
+        assert found["results"][f"saying{twice}"]["exact_match,none"] == 0.5

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 pytest.importorskip("lightning")
 
 from seqzoo.cli import main
-from seqzoo.eval.report import differences, flatten, read_run
+from seqzoo.eval.report import curves, differences, flatten, read_run
 from seqzoo.hub import save_pretrained
 from seqzoo.models import LanguageModel, ModelConfig
 
@@ -47,6 +50,9 @@ def runs(tmp_path: Path) -> list[Path]:
     return found
 
 
+LOADING = ("src", "href", "xlink:href", "srcset", "data", "action", "background", "poster")
+
+
 class Reader(HTMLParser):
     """Cells of the tables, text, and whatever would be loaded from elsewhere."""
 
@@ -55,12 +61,16 @@ class Reader(HTMLParser):
         self.rows: list[list[str]] = []
         self.loaded: list[str] = []
         self.text = ""
+        self.tags: list[str] = []
 
     def handle_starttag(self, tag, attrs):
-        self.loaded += [
-            f"{tag} {name}" for name, value in attrs if name in ("src", "href") and (value or "")[:1] != "#"
-        ]
-        self.loaded += [tag] if tag in ("script", "link", "iframe", "img") else []
+        self.tags.append(tag)
+        for name, value in attrs:
+            # a part of the page itself, or a picture that it holds
+            held = (value or "").startswith(("#", "data:image/png;base64,"))
+            self.loaded += [f"{tag} {name}"] if name in LOADING and not held else []
+            self.loaded += [f"{tag} {name}"] if name == "style" and "url(" in (value or "") else []
+        self.loaded += [tag] if tag in ("script", "link", "iframe", "object", "embed", "base") else []
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -92,6 +102,39 @@ def test_two_runs(runs, tmp_path: Path, capsys):
     assert output.read_text().count("<svg") == 2
 
 
+def test_what_eval_left_is_in_the_page(runs, tmp_path: Path):
+    from seqzoo.eval.perplexity import Likelihood, draw
+
+    picture = draw({"16": Likelihood(50.0, 15, 0.9, 1.0), "64": Likelihood(40.0, 15, 0.9, 1.0)}, {"xz": 2.0}, 32)
+    (runs[0] / "context.png").write_bytes(picture)
+    (runs[0] / "evaluation.json").write_text(json.dumps({"bits_per_byte": {"16": 4.5, "carried": 4.25}}))
+    (runs[1] / "evaluation.json").write_text(json.dumps({"accuracy": 0.625}))
+    output = tmp_path / "page.html"
+    assert main(["report", *map(str, runs), "--output", str(output)]) == 0
+    table = output.with_suffix(".md").read_text()
+    assert "| evaluated bits per byte, context carried | 4.25 | - |" in table
+    assert "| evaluated accuracy (test) | - | 0.625 |" in table
+    reader = Reader()
+    reader.feed(output.read_text())
+    assert not reader.loaded
+    assert reader.tags.count("img") == 1
+    assert reader.tags.count("svg") == 2
+    held = re.findall(r'src="data:image/png;base64,([^"]+)"', output.read_text())
+    assert [base64.b64decode(one) for one in held] == [picture]
+
+
+def test_the_figures_hold_the_curves(runs):
+    drawn = curves([read_run(path) for path in runs], "train_loss")
+    tree = ElementTree.fromstring(drawn)
+    space = {"svg": "http://www.w3.org/2000/svg"}
+    paths = [one.get("d") for one in tree.iterfind(".//svg:g[@id='axes_1']/svg:g/svg:path", space)]
+    # two runs of three points each, in the same place
+    lines = [one for one in paths if one is not None and one.count("L") == 2]
+    assert len(lines) >= 2
+    assert curves([read_run(path) for path in runs], "train_loss") == drawn
+    assert "url(http" not in drawn
+
+
 def test_one_run_has_no_differences(runs, tmp_path: Path):
     assert main(["report", str(runs[0]), "--output", str(tmp_path / "page.html")]) == 0
     assert "differ" not in (tmp_path / "page.html").read_text()
@@ -114,6 +157,7 @@ def test_a_run_of_the_quickstart_that_lies_here(tmp_path: Path):
 
 
 def damage(path: Path, name: str, text: str) -> None:
+    (path / name).parent.mkdir(exist_ok=True)
     (path / name).write_text(text)
 
 
@@ -121,6 +165,13 @@ def damage(path: Path, name: str, text: str) -> None:
     ("name", "text", "words"),
     [
         ("report.json", "{", "report.json is damaged"),
+        ("report.json", "[1]", "report.json is damaged: it holds list"),
+        ("environment.json", '"x"', "environment.json is damaged: it holds str"),
+        ("evaluation.json", "[1", "evaluation.json is damaged"),
+        ("model/config.json", "{", "config.json is damaged"),
+        ("model/config.json", '{"d_model": 4}', "config.json does not fit this version of SeqZoo: 'model'"),
+        ("model/config.json", '{"model": "writer"}', "there is no model 'writer'"),
+        ("model/config.json", '{"model": "language_model", "width": 3}', "config.json does not fit this version"),
         ("config.yaml", "a: [", "config.yaml is damaged"),
         ("config.yaml", "a", "holds str, not options"),
         ("metrics.csv", "steps,loss\n1,2\n", "no column 'step'"),

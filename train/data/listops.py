@@ -10,7 +10,6 @@ a digit, a closing bracket), lies between the bounds.
 
 from __future__ import annotations
 
-import csv
 import itertools
 from pathlib import Path
 from typing import NamedTuple
@@ -133,8 +132,9 @@ def read_official(path: Path) -> Ragged:
         )
     ids = {token: number for number, token in enumerate(TOKENS)} | {"(": -1, ")": -1}
     trees, targets = [], []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    # bytes that are no text become words that are no tokens, which are named with their row
+    with path.open(encoding="utf-8", errors="backslashreplace") as file:
+        rows = (line.rstrip("\n").split("\t") for line in file)
         if next(rows, None) != ["Source", "Target"]:
             raise ValueError(f"{path}, row 1: expected the header Source, Target")
         for number, row in enumerate(rows, start=2):

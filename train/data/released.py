@@ -180,7 +180,8 @@ def _article_rows(path: Path, longest: int) -> Iterator[_Articles]:
                 )
             # the release writes labels as numbers with a point
             if columns[0] not in (b"0", b"1", b"0.0", b"1.0"):
-                raise ValueError(f"{path}, row {number}: the label must be 0 or 1, got {columns[0].decode()!r}")
+                found = columns[0].decode(errors="replace")
+                raise ValueError(f"{path}, row {number}: the label must be 0 or 1, got {found!r}")
             first, second = (np.frombuffer(text[:longest], dtype=np.uint8) for text in columns[3:])
             yield _Articles(int(columns[0][:1]), first, second)
 
