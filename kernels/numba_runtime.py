@@ -227,8 +227,8 @@ def _numba() -> Any:
     from numba.core.registry import cpu_target
 
     # imports what the first compilation would; a child forked during an import waits for its lock for ever
-    cpu_target.typing_context.refresh()
-    cpu_target.target_context.refresh()
+    cpu_target.typing_context.refresh()  # pyright: ignore - a cached property
+    cpu_target.target_context.refresh()  # pyright: ignore - another
     locks = (_setup, _calls, global_compiler_lock)
 
     def acquire() -> None:
