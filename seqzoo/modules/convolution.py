@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ class ConvolutionMixer(SequenceMixer):
     """``y = k * u + D u``, then GELU, a linear map to twice the width, and a gated linear unit.
 
     A whole sequence without a state is convolved by Fourier transforms, which mix all positions: an output moves with
-    later inputs by what rounding makes of them, at most ``8 eps max|u| |k|_1``.
+    later inputs by what rounding makes of them, at most ``8 eps max|u| |k|_1``. So are packed sequences whose lengths
+    the host knows, those of similar lengths side by side; in compiled code they recur.
 
     Args:
         d_model: Width of inputs and outputs.
@@ -46,27 +48,29 @@ class ConvolutionMixer(SequenceMixer):
     def recur(
         self, u: Tensor, state: State | None, packing: Packing | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
-        """The convolution where there is a state, or sequences are packed."""
+        """The convolution where there is a state, or packed sequences cannot be laid side by side."""
         raise NotImplementedError(f"{type(self).__name__} must define recur()")
 
     # -- what follows --
 
     def mix(self, x: Tensor, state: State | None, packing: Packing | None, return_state: bool) -> Mixed:
         """Convolves in the way that fits, adds the skip, maps."""
-        if state is None and packing is None and not return_state:
-            return Mixed(self.map(x, long_conv(x, self.kernel(x.shape[1]))))
+        if state is None and not return_state:
+            y = _convolved(x, packing, self.kernel, None)
+            if y is not None:
+                return Mixed(self.map(x, y))
         y, after = self.recur(x, state, packing, return_state)
         return Mixed(self.map(x, y), after)
 
     def mix_both(self, reverse: ConvolutionMixer, x: Tensor, packing: Packing | None) -> Tensor:
         """The convolutions from both ends, this one's and another's from the last token on, under this one's map.
 
-        Of a dense batch one convolution with a kernel of two sides.
+        Where they are not recurrences, one convolution with a kernel of two sides.
         """
-        if packing is None:
-            length = x.shape[1]
-            y = long_conv(x, self.kernel(length), kernel_reverse=reverse.kernel(length))
-        else:
+        y = _convolved(x, packing, self.kernel, reverse.kernel)
+        if y is None:
+            if packing is None:
+                raise RuntimeError("a dense batch is convolved")
             places = packing.reversal()
             turned, _ = reverse.recur(x[:, places], None, packing, False)
             y = self.recur(x, None, packing, False)[0] + turned[:, places]
@@ -92,3 +96,52 @@ class ConvolutionMixer(SequenceMixer):
         nn.init.normal_(self.D)
         if self.output == "glu":
             self.out_proj.reset_parameters()
+
+
+class SideBySide(NamedTuple):
+    """Packed sequences as rows of dense batches, each of lengths of which none is twice another's.
+
+    Attributes:
+        tokens: Of each batch, int64 ``(rows, longest)``, the token at every place; T where a row has ended.
+        places: int64 ``(T,)``, the place of every token among those of all batches, one behind the other.
+    """
+
+    tokens: list[Tensor]
+    places: Tensor
+
+    @classmethod
+    def of(cls, bounds: Tensor, device: torch.device) -> SideBySide:
+        """Lays out sequences of boundaries on the host, ``(S + 1,)`` with a token at least."""
+        starts, lengths, total = bounds[:-1].to(torch.int64), bounds.diff().to(torch.int64), int(bounds[-1])
+        sizes = torch.frexp(lengths.double())[1]
+        tokens, places, seen = [], torch.empty(total, dtype=torch.int64), 0
+        for size in sizes[lengths > 0].unique().tolist():
+            of_size = sizes == size
+            begin, length = starts[of_size, None], lengths[of_size, None]
+            index = torch.arange(int(length.max()))
+            batch = torch.where(index < length, begin + index, total)
+            held = batch.flatten() < total
+            places[batch.flatten()[held]] = seen + torch.nonzero(held)[:, 0]
+            tokens.append(batch.to(device))
+            seen += batch.numel()
+        return cls(tokens, places.to(device))
+
+
+def _convolved(
+    x: Tensor, packing: Packing | None, kernel: Callable[[int], Tensor], reverse: Callable[[int], Tensor] | None
+) -> Tensor | None:
+    """The convolutions of dense or packed sequences, or None where their lengths are not known on the host."""
+    if packing is None:
+        length = x.shape[1]
+        return long_conv(x, kernel(length), kernel_reverse=None if reverse is None else reverse(length))
+    if packing.host is None or torch.compiler.is_compiling() or x.is_meta or x.shape[1] == 0:
+        return None
+    layout = SideBySide.of(packing.host, x.device)
+    longest = max(batch.shape[1] for batch in layout.tokens)
+    taps, taps_reverse = kernel(longest), None if reverse is None else reverse(longest)
+    padded, parts = F.pad(x[0], (0, 0, 0, 1)), []
+    for batch in layout.tokens:
+        rows, length = padded.index_select(0, batch.flatten()).unflatten(0, batch.shape), batch.shape[1]
+        other = None if taps_reverse is None else taps_reverse[:, :length]
+        parts.append(long_conv(rows, taps[:, :length], kernel_reverse=other).flatten(0, 1))
+    return torch.cat(parts).index_select(0, layout.places)[None]
