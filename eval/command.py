@@ -27,7 +27,7 @@ from seqzoo.models.classifier import SequenceClassifier
 from seqzoo.models.language_model import LanguageModel
 from seqzoo.models.tokenizer import BYTES, Tokenizer, check_tokenizer, load_tokenizer, tokenizer_of
 from seqzoo.train.baselines import compressed_bits_per_byte
-from seqzoo.train.data.folder_bytes import FolderBytes
+from seqzoo.train.data.language import LanguageData
 from seqzoo.train.data.lra import ClassificationData
 
 
@@ -45,7 +45,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--output", type=Path, help="folder of the results; RUN, or 'evaluation' for several")
     options.add_argument("--limit", type=int, help="documents of every task; examples of a classifier")
     text = options.add_argument_group("language models")
-    text.add_argument("--text", type=Path, nargs="+", help="files of text; the run's own validation files if omitted")
+    text.add_argument(
+        "--text", type=Path, nargs="+", help="files of text; held-out text of the run's own data if omitted"
+    )
+    text.add_argument("--side", choices=("validation", "test"), default="validation", help="of the run's own data")
     text.add_argument("--tokens", type=int, default=131072, help="of the text that are read (%(default)s)")
     text.add_argument(
         "--contexts", type=int, nargs="+", default=[64, 256, 1024, 4096], help="lengths of windows (%(default)s)"
@@ -156,7 +159,7 @@ def of_language(
     )
     if options.tokens < 2:
         raise ValueError(f"--tokens must be at least 2, got {options.tokens}")
-    text = b"".join(path.read_bytes() for path in options.text) if options.text else validation_bytes(run)
+    text = b"".join(path.read_bytes() for path in options.text) if options.text else held_out(run, options.side)
     ids, read = tokens_of(text, tokenizer, options.tokens)
     contexts = [context for context in options.contexts if context <= ids.shape[0]]
     if not contexts:
@@ -199,16 +202,16 @@ def tokens_of(text: bytes, tokenizer: Tokenizer, most: int) -> tuple[Tensor, byt
     return torch.tensor(ids), read
 
 
-def validation_bytes(run: Path) -> bytes:
-    """What a run was validated on.
+def held_out(run: Path, side: str) -> bytes:
+    """What a run was validated on, or its test text; of much the beginning.
 
     Raises:
-        ValueError: If the folder tells of no data, or of data that is no folder of files.
+        ValueError: If the folder tells of no data, of data that are no texts, or of no such side.
     """
-    data = data_of(run, FolderBytes, "give --text")
-    if data.validation_bytes is None:
-        raise RuntimeError("setup() has read no validation bytes")
-    return data.validation_bytes.tobytes()
+    data = data_of(run, LanguageData, "give --text")
+    if side not in data.sides:
+        raise ValueError(f"the data of {run} have no {side} side, they have {', '.join(data.sides)}; give --text")
+    return data.text(side)
 
 
 def run_tasks(model: LanguageModel, tokenizer: Tokenizer, options: argparse.Namespace) -> dict[str, Any]:

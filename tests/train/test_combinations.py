@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import lightning.pytorch as lightning
 import numpy as np
 import pytest
@@ -30,6 +32,17 @@ TOY = {
     "Text": {"longest": 12, "batch_size": 2},
     "Retrieval": {"longest": 12, "batch_size": 2},
     "GreyImage": {"batch_size": 2},
+    # files of the test's in place of every source
+    "Corpus": {
+        **dict.fromkeys(("dataset", "subset", "validation_split", "test_split", "revision", "sizes", "max_tokens")),
+        **dict.fromkeys(("validation_files", "test_files")),
+        **dict.fromkeys(("joined", "streaming", "reverse_complement"), False),
+        "tokenizer": "bytes",
+        "validation_fraction": 0.25,
+        "context": 16,
+        "batch_size": 2,
+        "validation_streams": 2,
+    },
 }
 
 
@@ -76,12 +89,16 @@ def test_they_train_together(task, model, stands, tmp_path_factory):
         pytest.skip(f"no toy of {data} is known here; add it to TOY")
     folder = stands / data
     place = {"folder": folder} if folder.exists() else {"cache": stands / "cache"}
+    if data == "Corpus":
+        place["files"] = json.dumps([str(stands / "FolderBytes" / "**/*.py")])
     pattern = load(model)["model"]["init_args"]["config"]["pattern"]
     options = {f"data.{name}": value for name, value in {**TOY[data], **place}.items()}
+    if data == "Corpus":
+        options["model.config.vocab_size"] = 256
     # a first step of 50000 of warm-up is below what float32 adds to 1
     options |= {"model.warmup_steps": 0, "model.config.d_model": 16}
     options |= {"model.config.n_layers": len(pattern) if isinstance(pattern, list) else 1}
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in options.items() for word in (f"--{name}", "null" if value is None else str(value))]
     cli = TrainingCLI(combine([task, model]), words)
     check_data(cli)
     before = {name: parameter.detach().clone() for name, parameter in cli.model.named_parameters()}

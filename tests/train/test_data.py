@@ -92,9 +92,9 @@ def test_validation_scores_every_byte_but_the_first_once(size, context, streams)
 def test_module_reads_once_and_describes(corpus):
     module = data_module(corpus)
     module.setup()
-    read = module.training_bytes
+    read = module.side("training").ids
     module.setup("fit")
-    assert module.training_bytes is read
+    assert module.side("training").ids is read
     facts = module.description()
     assert facts["training_files"] + facts["validation_files"] == 24
     assert facts["training_bytes"] + facts["validation_bytes"] == sum(p.stat().st_size for p in corpus.rglob("*.py"))

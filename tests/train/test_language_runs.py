@@ -64,6 +64,16 @@ def run(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(runs.iterdir())
 
 
+def test_a_run_is_judged_on_what_it_held_out(run, capsys):
+    asked = ["eval", str(run), "--contexts", "16", "--tokens", "500"]
+    assert seqzoo([*asked, "--output", str(run / "held")]) == 0
+    found = json.loads((run / "held" / "evaluation.json").read_text())
+    assert found["tokens"] == 500
+    assert found["bytes"] > 600
+    assert seqzoo([*asked, "--side", "test"]) == 1
+    assert "no test side, they have training, validation" in capsys.readouterr().err
+
+
 def test_a_run_leaves_its_tokenizer_and_tells_bits_of_bytes(run, bpe):
     tokenizer = tokenizer_of(run / "model", from_pretrained(run / "model").config.vocab_size)
     assert tokenizer.digest() == load_tokenizer(bpe).digest()

@@ -42,7 +42,8 @@ def alone(short, tmp_path_factory) -> dict[int, Path]:
 
         def together(self, groups=groups):
             parts = [
-                TrainingWindows(self.training_bytes, context=32, batch_size=4, rank=rank) for rank in range(groups)
+                TrainingWindows(self.side("training").ids, context=32, batch_size=4, rank=rank)
+                for rank in range(groups)
             ]
             return (torch.cat(batches) for batches in zip(*parts, strict=True))
 

@@ -106,6 +106,7 @@ class Metering(lightning.Callback):
         """Bytes of a token."""
         data = getattr(trainer, "datamodule", None)
         return data.bytes_per_token("training") if isinstance(data, LanguageData) else 1.0
+
     def room(self, batch: Any) -> int:
         """Bytes that it would predict without padding; 0 of batches that have none."""
         return getattr(batch, "capacity", 0)

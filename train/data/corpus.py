@@ -227,7 +227,7 @@ class Corpus(LanguageData):
 
     def baselines(self) -> dict[str, float]:
         """As the base class's; to a stream nothing is fitted."""
-        return compressed(self.validation_text()) if self.unbounded else super().baselines()
+        return compressed(self.text("validation")) if self.unbounded else super().baselines()
 
     def train_dataloader(self) -> Any:
         """Batches from the step on at which the trainer stands."""

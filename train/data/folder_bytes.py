@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 
-from seqzoo.train.baselines import Bytes
 from seqzoo.train.data.files import digest, find_files, joined, read_parts, resolve_folder, split_files
 from seqzoo.train.data.language import LanguageData
 from seqzoo.train.data.tokenised import Tokens
@@ -49,16 +46,6 @@ class FolderBytes(LanguageData):
         self.exclude = exclude
         self.validation_fraction = validation_fraction
 
-    @property
-    def training_bytes(self) -> Bytes | None:
-        """The training files behind one another; None before ``setup()``."""
-        return self._bytes("training")
-
-    @property
-    def validation_bytes(self) -> Bytes | None:
-        """The validation files behind one another; None before ``setup()``."""
-        return self._bytes("validation")
-
     def read(self) -> dict[str, Tokens]:
         """Reads the files.
 
@@ -86,7 +73,3 @@ class FolderBytes(LanguageData):
     def source(self) -> str:
         """The folder."""
         return str(resolve_folder(self.folder))
-
-    def _bytes(self, side: str) -> Bytes | None:
-        found = self.sides.get(side)
-        return None if found is None else cast("Bytes", found.ids)

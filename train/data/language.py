@@ -173,9 +173,9 @@ class LanguageData(lightning.LightningDataModule):
         """Of the texts of a side."""
         return self.side(side).bytes_per_token
 
-    def validation_text(self) -> bytes:
-        """The bytes of the first validation tokens, of all where they are not many."""
-        ids = self.side("validation").ids[:JUDGED]
+    def text(self, side: str) -> bytes:
+        """The bytes of a side's first tokens, of all where they are not many."""
+        ids = self.side(side).ids[:JUDGED]
         return (
             ids.tobytes() if isinstance(self.tokenizer, ByteTokenizer) else self.tokenizer.decode(ids.tolist()).encode()
         )
@@ -183,7 +183,7 @@ class LanguageData(lightning.LightningDataModule):
     def baselines(self) -> dict[str, float]:
         """Bits per byte of the validation text without a neural network, the best first."""
         validation = self.side("validation")
-        values = compressed_bits_per_byte(self.validation_text())
+        values = compressed_bits_per_byte(self.text("validation"))
         if isinstance(self.tokenizer, ByteTokenizer):
             training = self.side("training").ids[:FITTED]
             values["order-2 model"] = OrderTwoModel(training).bits_per_byte(validation.ids[:JUDGED])
