@@ -16,22 +16,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from seqzoo.eval.signature import SOLVED, accuracy
+from seqzoo.eval.brief import accuracy, train_briefly
 from seqzoo.hub.files import atomic_file
 from seqzoo.hub.saving import find_checkpoint, from_pretrained
 from seqzoo.mixer import list_mixers, nearest
 from seqzoo.models import LanguageModel, ModelConfig
 from seqzoo.modules.options import check_count
-from seqzoo.parameters import parameter_groups
 from seqzoo.train.data.diagnostics import diagnostic
 from seqzoo.train.data.state_tracking import product_table
-from seqzoo.train.schedule import rate_factor
 
 RECALL, STATE_TRACKING = "recall", "state-tracking"
 PAIRS = (4, 8, 16)
@@ -39,7 +36,7 @@ PAIRS = (4, 8, 16)
 LENGTHS = {RECALL: (64, 128, 256, 512), STATE_TRACKING: (16, 32, 64, 128, 256)}
 GROUPS = ("parity", "S3", "A5", "S5")
 VOCABULARY = 64
-WIDTH, LAYERS, LR = 64, 2, 3e-3
+WIDTH, LAYERS = 64, 2
 # no run has this seed
 HELD_OUT = 2**40
 TRAINED, JUDGED = 64, 128
@@ -131,22 +128,14 @@ def train(
     size = VOCABULARY if task == RECALL else len(product_table(_group(chosen[0])))
     torch.manual_seed(seed)
     model = LanguageModel(ModelConfig(vocab_size=size, d_model=WIDTH, n_layers=LAYERS, pattern=list(pattern)))
-    optimizer = torch.optim.AdamW(parameter_groups(model, LR, 0.1), betas=(0.9, 0.95))
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    warmup, done = min(100, steps // 10), 0
-    turns = itertools.cycle(chosen)
-    for step in range(steps):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * rate_factor(step, warmup, steps)
-        ids, labels = batch(task, next(turns), length, seed, step, TRAINED, size)
-        loss = cast("Tensor", model.loss(ids, labels))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        done = step + 1
-        if done % 100 == 0 and min(judge(model, task, one, [length])[length] for one in chosen) >= SOLVED:
-            break
+
+    def draw(step: int) -> Any:
+        return batch(task, chosen[step % len(chosen)], length, seed, step, TRAINED, size)
+
+    def learned() -> float:
+        return min(judge(model, task, one, [length])[length] for one in chosen)
+
+    done = train_briefly(model, draw, steps, learned=learned)
     return model.eval(), done
 
 

@@ -19,26 +19,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from seqzoo.eval.brief import RATE, Draw, accuracy, train_briefly
 from seqzoo.hub.files import atomic_file
 from seqzoo.mixer import Mixed, SequenceMixer, State, StateSpec, nearest
 from seqzoo.models import ClassifierConfig, LanguageModel, ModelConfig, SequenceClassifier
 from seqzoo.packing import Packing
-from seqzoo.parameters import parameter_groups
 from seqzoo.train.data.diagnostics import diagnostic
-from seqzoo.train.data.windows import IGNORED
-from seqzoo.train.schedule import rate_factor
 
 SEEDS = 5
-# at this accuracy where it is trained nothing more is to be learned
-SOLVED = 0.999
-# peak of the learning rate
-RATE = 3e-3
-Draw = Callable[[int], tuple[Tensor, Tensor]]
 
 
 class LongShortTermMemory(SequenceMixer):
@@ -226,18 +219,6 @@ def build(row: Row, task: str) -> LanguageModel | SequenceClassifier:
     return model
 
 
-@torch.inference_mode()
-def accuracy(model: LanguageModel | SequenceClassifier, batch: tuple[Tensor, Tensor]) -> float:
-    """The share of labels that the model's first choice hits."""
-    x, labels = batch
-    model.eval()
-    found = model(x)
-    logits = found[0] if isinstance(found, tuple) else found
-    model.train()
-    asked = labels != IGNORED
-    return float((logits.argmax(-1) == labels)[asked].float().mean())
-
-
 def run(name: str, task: str, seed: int, steps: int | None = None) -> dict[str, Any]:
     """Trains a row on a task; the accuracy where it is judged, steps and seconds of processor time.
 
@@ -251,23 +232,11 @@ def run(name: str, task: str, seed: int, steps: int | None = None) -> dict[str, 
     steps = what.steps if steps is None else steps
     torch.manual_seed(seed)
     model = build(row, task)
-    optimizer = torch.optim.AdamW(parameter_groups(model, row.rates.get(task, RATE), 0.1), betas=(0.9, 0.95))
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    draw, trained = what.training(seed), what.trained()
-    warmup, done = min(100, steps // 10), 0
+    trained = what.trained()
+    # what generalises to longer sequences goes on settling after it is solved at this length
+    learned = (lambda: accuracy(model, trained)) if task == "recall" else None
     started = time.process_time()
-    for step in range(steps):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * rate_factor(step, warmup, steps)
-        loss = cast("Tensor", model.loss(*draw(step)))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        done = step + 1
-        # what generalises to longer sequences goes on settling after it is solved at this length
-        if task == "recall" and done % 100 == 0 and accuracy(model, trained) >= SOLVED:
-            break
+    done = train_briefly(model, what.training(seed), steps, rate=row.rates.get(task, RATE), learned=learned)
     return {
         "row": name,
         "task": task,

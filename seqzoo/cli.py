@@ -15,7 +15,7 @@ COMMANDS = {
     "train": ("seqzoo.train.command", "train a model; without arguments the quickstart", "train"),
     "generate": ("seqzoo.models.command", "continue a prompt with a trained model", ""),
     "plan": ("seqzoo.parallel.simulator", "bytes and time of sequence parallel on any number of ranks", ""),
-    "eval": ("seqzoo.eval.command", "judge a trained language model", "train"),
+    "eval": ("seqzoo.eval.command", "judge a trained model", "train"),
     "report": ("seqzoo.eval.report", "compare runs: a page of curves and tables", "train"),
     "signature": ("seqzoo.eval.signature", "train every kind of mixer on small tasks that tell them apart", "train"),
     "doctor": ("seqzoo.doctor", "check every op on this machine against the float64 reference", ""),

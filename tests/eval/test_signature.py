@@ -12,7 +12,8 @@ pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 
 from seqzoo.cli import main
-from seqzoo.eval.signature import ROWS, TASKS, LongShortTermMemory, accuracy, build, holds, markdown, run
+from seqzoo.eval.brief import accuracy
+from seqzoo.eval.signature import ROWS, TASKS, LongShortTermMemory, build, holds, markdown, run
 from seqzoo.train.data.windows import IGNORED
 
 
