@@ -148,7 +148,7 @@ def written(train_on, tmp_path_factory):
     return path, done.statuses[0][0]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 3, pytest.param(2, marks=pytest.mark.slow)])
 def test_any_number_of_processes_reads_a_checkpoint(written, train_on, size: int):
     path, numbers = written
     done = train_on(size, (["case:load", path], None))
