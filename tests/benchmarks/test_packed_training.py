@@ -1,4 +1,7 @@
-"""An epoch over documents of long-tailed lengths: packed, and padded to the longest of each batch."""
+"""An epoch over documents of long-tailed lengths: packed, and padded to the longest of each batch.
+
+The limit of packing is the same tokens with no boundaries among them, one long sequence a batch.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,11 @@ def documents() -> list[torch.Tensor]:
 def packed(model: LanguageModel, batch: list[torch.Tensor]) -> torch.Tensor:
     ids, labels = (torch.cat([document[part] for document in batch])[None] for part in (slice(-1), slice(1, None)))
     return model.loss(ids, labels, cu_seqlens=Packing.from_lengths([len(document) - 1 for document in batch]))
+
+
+def whole(model: LanguageModel, batch: list[torch.Tensor]) -> torch.Tensor:
+    ids, labels = (torch.cat([document[part] for document in batch])[None] for part in (slice(-1), slice(1, None)))
+    return model.loss(ids, labels)
 
 
 def padded(model: LanguageModel, batch: list[torch.Tensor]) -> torch.Tensor:
@@ -63,7 +71,7 @@ def test_epoch(measure, device, name, form, role):
         pytest.skip("the documents are on the CPU")
     tokens = sum(len(document) - 1 for document in documents())
     group = f"mamba language model, {DOCUMENTS:,} documents of {tokens:,} tokens, forward+backward+update"
-    measure(epoch(form), group=group, name=name, role=role)
+    measure(epoch(form), group=group, name=name, role=role, limit=epoch(whole))
 
 
 def test_losses_are_equal(device):
