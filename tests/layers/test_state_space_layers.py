@@ -17,6 +17,7 @@ from seqzoo.layers import DSS, LRU, S4, S4D, S5, Bidirectional
 from seqzoo.models import ClassifierConfig, SequenceClassifier
 from seqzoo.modules.hippo import LEAST_DECAY, MEASURES, diagonalise, hippo
 from seqzoo.ops import backend, ssm_kernel, ssm_scan
+from seqzoo.packing import Packing
 from seqzoo.parameters import parameter_groups
 from seqzoo.testing import inputs
 from seqzoo.train.schedule import rate_factor
@@ -354,6 +355,33 @@ def test_hippo_s_windows_remember_what_passed_them(measure):
         found = basis @ x
     expected = torch.sin(2.1 * (time_[-1] - ago)) + 0.5 * torch.cos(5 * (time_[-1] - ago) + 1)
     assert (found - expected).abs().max() < (0.01 if measure == "legt" else 0.15)
+
+
+def refuse(*arguments, **options):
+    raise AssertionError("this recurs")
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("name", ["s4", "s4d", "dss", "long_conv"])
+def test_packed_sequences_are_convolved_side_by_side(name, two_sided, monkeypatch):
+    torch.manual_seed(0)
+    layer = create(name, d_model=8, **({"kernel_length": 64} if name == "long_conv" else {"d_state": 8})).double()
+    mixer = Bidirectional(layer) if two_sided else layer
+    lengths = [5, 0, 1, 64, 63, 9, 2, 32]
+    x = inputs((1, sum(lengths), 8), torch.float64).requires_grad_()
+    weight = inputs(tuple(x.shape), torch.float64, seed=1)
+    sources = [x, *mixer.parameters()]
+    expected = torch.cat([mixer(part)[0] for part in x.split(lengths, 1) if part.shape[1]], 1)
+    gradients = torch.autograd.grad((expected * weight).sum(), sources)
+    monkeypatch.setattr(type(layer), "recur", refuse)
+    y = mixer(x, cu_seqlens=Packing.from_lengths(lengths))[0]
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    found = torch.autograd.grad((y * weight).sum(), sources)
+    for one, other in zip(found, gradients, strict=True):
+        assert (one - other).norm() <= 1e-11 * other.norm()
+    # what the host does not know, and states, are for the recurrence
+    with pytest.raises(AssertionError, match="this recurs"):
+        layer(x, cu_seqlens=Packing.from_lengths(lengths), return_state=True)
 
 
 @pytest.mark.parametrize("name", ["s4", "s4d", "dss"])
