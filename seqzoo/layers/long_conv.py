@@ -16,7 +16,7 @@ from seqzoo.kernels.long_conv import long_conv
 from seqzoo.kernels.long_conv.op import transform_length
 from seqzoo.mixer import State, StateSpec, register
 from seqzoo.modules import future_fill
-from seqzoo.modules.convolution import ConvolutionMixer, Output
+from seqzoo.modules.convolution import ConvolutionMixer, Output, convolve_packed
 from seqzoo.modules.future_fill import Place
 from seqzoo.modules.options import check_count, check_number, check_pair
 from seqzoo.packing import Packing
@@ -280,36 +280,24 @@ class LongConv(ConvolutionMixer):
         return y if packing is None else y[None]
 
     def _convolve(self, u: Tensor, packing: Packing | None, kernel: Tensor | None = None) -> Tensor:
-        """The convolution of whole sequences, packed ones in rows of their own, which share the longest's length.
-
-        Where the lengths are known, those within a factor of two share it.
-        """
+        """The convolution of whole sequences, packed ones of unknown lengths in rows as long as the longest may be."""
         if packing is None:
             return long_conv(u, self.kernel(u.shape[1]) if kernel is None else kernel)
         if u.shape[1] == 0:
             return u
-        if _unreadable(u):
-            self._assert_longest(packing.lengths)
-            width: Any = torch.sym_min(u.shape[1], self.kernel_length)
-            groups = [(packing.n_sequences, width)]
-            starts = width * torch.arange(packing.n_sequences, device=u.device)
-            longest = self.kernel_length
-        else:
-            lengths = [end - start for start, end in _pairs(packing)]
-            longest = max(lengths)
-            groups, offsets = _lanes(lengths)
-            starts = torch.tensor(offsets, device=u.device)
-        if kernel is None:
-            kernel = self.kernel(longest)
-        place = starts[packing.sequence_index] + packing.positions
-        total = sum(rows * width for rows, width in groups)
-        lanes = u.new_zeros(total, u.shape[2]).index_put((place,), u[0])
-        outputs, first = [], 0
-        for rows, width in groups:
-            lane = lanes[first : first + rows * width].view(rows, width, u.shape[2])
-            outputs.append(long_conv(lane, kernel).flatten(0, 1))
-            first += rows * width
-        return torch.cat(outputs)[place][None]
+        if not _unreadable(u):
+            return convolve_packed(
+                u, torch.tensor(packing.bounds()), self.kernel if kernel is None else lambda _: kernel
+            )
+        self._assert_longest(packing.lengths)
+        width: Any = torch.sym_min(u.shape[1], self.kernel_length)
+        place = width * packing.sequence_index + packing.positions
+        rows = u.new_zeros(packing.n_sequences * width, u.shape[2]).index_put((place,), u[0])
+        y = long_conv(
+            rows.view(packing.n_sequences, width, u.shape[2]),
+            self.kernel(self.kernel_length) if kernel is None else kernel,
+        )
+        return y.flatten(0, 1)[place][None]
 
     # -- tokens --
 
@@ -396,20 +384,3 @@ def _unreadable(x: Tensor) -> bool:
 
 def _pairs(packing: Packing) -> list[tuple[int, int]]:
     return list(itertools.pairwise(packing.bounds()))
-
-
-def _lanes(lengths: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
-    """Rows and width of each group of sequences, and where each sequence starts when the groups lie in a line."""
-    groups: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        groups.setdefault(length.bit_length(), []).append(index)
-    sizes, offsets, first = [], [0] * len(lengths), 0
-    for _, members in sorted(groups.items()):
-        width = max(lengths[index] for index in members)
-        if width == 0:
-            continue
-        for row, index in enumerate(members):
-            offsets[index] = first + row * width
-        sizes.append((len(members), width))
-        first += len(members) * width
-    return sizes, offsets

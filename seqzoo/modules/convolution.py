@@ -127,6 +127,28 @@ class SideBySide(NamedTuple):
         return cls(tokens, places.to(device))
 
 
+def convolve_packed(
+    x: Tensor, bounds: Tensor, kernel: Callable[[int], Tensor], reverse: Callable[[int], Tensor] | None = None
+) -> Tensor:
+    """The convolutions of packed sequences ``(1, T, D)``, those of similar lengths side by side.
+
+    Args:
+        x: The sequences, a token at least.
+        bounds: Their boundaries, on the host.
+        kernel: Makes a kernel of that many taps or more.
+        reverse: Likewise, of the tokens that follow.
+    """
+    layout = SideBySide.of(bounds, x.device)
+    longest = max(batch.shape[1] for batch in layout.tokens)
+    taps, taps_reverse = kernel(longest), None if reverse is None else reverse(longest)
+    padded, parts = F.pad(x[0], (0, 0, 0, 1)), []
+    for batch in layout.tokens:
+        rows, length = padded.index_select(0, batch.flatten()).unflatten(0, batch.shape), batch.shape[1]
+        other = None if taps_reverse is None else taps_reverse[:, :length]
+        parts.append(long_conv(rows, taps[:, :length], kernel_reverse=other).flatten(0, 1))
+    return torch.cat(parts).index_select(0, layout.places)[None]
+
+
 def _convolved(
     x: Tensor, packing: Packing | None, kernel: Callable[[int], Tensor], reverse: Callable[[int], Tensor] | None
 ) -> Tensor | None:
@@ -136,12 +158,4 @@ def _convolved(
         return long_conv(x, kernel(length), kernel_reverse=None if reverse is None else reverse(length))
     if packing.host is None or torch.compiler.is_compiling() or x.is_meta or x.shape[1] == 0:
         return None
-    layout = SideBySide.of(packing.host, x.device)
-    longest = max(batch.shape[1] for batch in layout.tokens)
-    taps, taps_reverse = kernel(longest), None if reverse is None else reverse(longest)
-    padded, parts = F.pad(x[0], (0, 0, 0, 1)), []
-    for batch in layout.tokens:
-        rows, length = padded.index_select(0, batch.flatten()).unflatten(0, batch.shape), batch.shape[1]
-        other = None if taps_reverse is None else taps_reverse[:, :length]
-        parts.append(long_conv(rows, taps[:, :length], kernel_reverse=other).flatten(0, 1))
-    return torch.cat(parts).index_select(0, layout.places)[None]
+    return convolve_packed(x, packing.host, kernel, reverse)
