@@ -25,7 +25,7 @@ MODELS = {
     ],
     "mamba": [
         *("--model.config.pattern", "mamba", "--model.config.n_layers", "3"),
-        *("--model.config.d_model", "64", "--model.lr", "0.004"),
+        *("--model.config.d_model", "64", "--model.lr", "0.0015"),
     ],
 }
 TASKS = {

@@ -95,12 +95,15 @@ def _points(rows: Rows, column: str) -> list[tuple[float, float]]:
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The mean around each point, over a twentieth of the curve; narrower towards the ends, so that it does not lag."""
+    """The mean around each point, over a twentieth of the curve.
+
+    Narrower towards the ends, so that it does not lag, but not as narrow as to follow a single value.
+    """
     width = len(points) // 40
     smooth = []
     for index, (step, _) in enumerate(points):
-        reach = min(width, index, len(points) - 1 - index)
-        near = [value for _, value in points[index - reach : index + reach + 1]]
+        reach = max(min(width, index, len(points) - 1 - index), width // 4)
+        near = [value for _, value in points[max(index - reach, 0) : index + reach + 1]]
         smooth.append((step, sum(near) / len(near)))
     return smooth
 
