@@ -55,10 +55,8 @@ class ConvolutionMixer(SequenceMixer):
 
     def mix(self, x: Tensor, state: State | None, packing: Packing | None, return_state: bool) -> Mixed:
         """Convolves in the way that fits, adds the skip, maps."""
-        if state is None and not return_state:
-            y = _convolved(x, packing, self.kernel, None)
-            if y is not None:
-                return Mixed(self.map(x, y))
+        if state is None and not return_state and (packing is None or _fits_side_by_side(x, packing)):
+            return Mixed(self.map(x, _convolved(x, packing, self.kernel, None)))
         y, after = self.recur(x, state, packing, return_state)
         return Mixed(self.map(x, y), after)
 
@@ -67,10 +65,9 @@ class ConvolutionMixer(SequenceMixer):
 
         Where they are not recurrences, one convolution with a kernel of two sides.
         """
-        y = _convolved(x, packing, self.kernel, reverse.kernel)
-        if y is None:
-            if packing is None:
-                raise RuntimeError("a dense batch is convolved")
+        if packing is None or _fits_side_by_side(x, packing):
+            y = _convolved(x, packing, self.kernel, reverse.kernel)
+        else:
             places = packing.reversal()
             turned, _ = reverse.recur(x[:, places], None, packing, False)
             y = self.recur(x, None, packing, False)[0] + turned[:, places]
@@ -149,13 +146,17 @@ def convolve_packed(
     return torch.cat(parts).index_select(0, layout.places)[None]
 
 
+def _fits_side_by_side(x: Tensor, packing: Packing) -> bool:
+    """Whether the host may know the lengths of packed sequences, and they have tokens."""
+    known = packing.host is not None and not torch.compiler.is_compiling() and not x.is_meta
+    return known and x.shape[1] > 0
+
+
 def _convolved(
     x: Tensor, packing: Packing | None, kernel: Callable[[int], Tensor], reverse: Callable[[int], Tensor] | None
-) -> Tensor | None:
-    """The convolutions of dense or packed sequences, or None where their lengths are not known on the host."""
-    if packing is None:
-        length = x.shape[1]
-        return long_conv(x, kernel(length), kernel_reverse=None if reverse is None else reverse(length))
-    if packing.host is None or torch.compiler.is_compiling() or x.is_meta or x.shape[1] == 0:
-        return None
-    return convolve_packed(x, packing.host, kernel, reverse)
+) -> Tensor:
+    """The convolutions of dense sequences, or of packed ones that fit side by side."""
+    if packing is not None:
+        return convolve_packed(x, torch.tensor(packing.bounds()), kernel, reverse)
+    length = x.shape[1]
+    return long_conv(x, kernel(length), kernel_reverse=None if reverse is None else reverse(length))

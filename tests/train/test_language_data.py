@@ -235,23 +235,8 @@ class TestCache:
         files = write_lines(tmp_path / "a.jsonl", stories())
         whole = corpus(tmp_path / "whole", files, tokenizer=str(bpe))
         whole.setup()
-        write, made = shards.Shards._write, []
-
-        def interrupted(self: shards.Shards, number: int) -> None:
-            if number == 2:
-                raise KeyboardInterrupt
-            write(self, number)
-
-        def noted(self: shards.Shards, number: int) -> None:
-            made.append(number)
-            write(self, number)
-
         module = corpus(tmp_path, files, tokenizer=str(bpe))
-        monkeypatch.setattr(shards.Shards, "_write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            module.setup()
-        monkeypatch.setattr(shards.Shards, "_write", noted)
-        module.setup()
+        made = made_after_an_interruption(module, monkeypatch)
         assert made
         assert made[0] == 2, "the shards that were whole are not made again"
         assert read(module) == read(whole)
@@ -268,6 +253,27 @@ class TestCache:
         with pytest.warns(UserWarning, match="has another checksum than manifest.json says; it is made again"):
             second.setup()
         assert read(second) == before
+
+
+def made_after_an_interruption(module: Corpus, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sets a module up until its third shard, then to the end; the shards that were written then."""
+    write, made = shards.Shards._write, []
+
+    def interrupted(self: shards.Shards, number: int) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+        write(self, number)
+
+    def noted(self: shards.Shards, number: int) -> None:
+        made.append(number)
+        write(self, number)
+
+    monkeypatch.setattr(shards.Shards, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module.setup()
+    monkeypatch.setattr(shards.Shards, "_write", noted)
+    module.setup()
+    return made
 
 
 def batches(module: Corpus, count: int) -> list[Any]:
@@ -368,24 +374,9 @@ class TestDataSets:
 
     @pytest.mark.usefixtures("small_pieces")
     def test_an_interrupted_stream_goes_on(self, tmp_path, dataset, monkeypatch):
-        write, made = shards.Shards._write, []
-
-        def interrupted(self: shards.Shards, number: int) -> None:
-            if number == 2:
-                raise KeyboardInterrupt
-            write(self, number)
-
-        def noted(self: shards.Shards, number: int) -> None:
-            made.append(number)
-            write(self, number)
-
         options = {"dataset": dataset, "validation_split": "validation", "streaming": True, "max_tokens": 2900}
         module = corpus(tmp_path, **options, validation_tokens=50)
-        monkeypatch.setattr(shards.Shards, "_write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            module.setup()
-        monkeypatch.setattr(shards.Shards, "_write", noted)
-        module.setup()
+        made = made_after_an_interruption(module, monkeypatch)
         assert made[0] == 2, "the shards that were whole are not made again"
         assert module.side("training").ids[:].tobytes() == "".join(stories()).encode()[:2900]
 
