@@ -18,11 +18,14 @@ from torch import Tensor
 
 from seqzoo.hub.files import atomic_file
 from seqzoo.models.classifier import SequenceClassifier
+from seqzoo.models.language_model import LanguageModel
+from seqzoo.train.data.diagnostic_data import Diagnostic
 from seqzoo.train.data.examples import Batch, EvaluationBatches, Sequences
 from seqzoo.train.data.listops import TOKENS
 from seqzoo.train.data.lra import ClassificationData, ListOps
 from seqzoo.train.data.ragged import Ragged
 from seqzoo.train.data.shards import data_folder
+from seqzoo.train.data.windows import IGNORED
 
 # of the baselines' cache: a change of what they are makes it anew
 FORMAT = 1
@@ -73,8 +76,7 @@ def judge(model: SequenceClassifier, data: ClassificationData, limit: int | None
     Raises:
         ValueError: If limit is below 1, or the model has other classes than the data.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {limit}")
+    check_limit(limit)
     if model.config.n_classes != data.n_classes:
         raise ValueError(f"the data have {data.n_classes} classes, the model tells {model.config.n_classes} apart")
     answers = predictions(model, data, limit)
@@ -88,6 +90,51 @@ def judge(model: SequenceClassifier, data: ClassificationData, limit: int | None
         "baselines_accuracy": baselines(data),
         "groups": {name: _rows(of, right, labels) for name, of in groups(data, len(right)).items()},
     }
+
+
+@torch.inference_mode()
+def judge_labels(model: LanguageModel, data: Diagnostic, limit: int | None = None) -> dict[str, Any]:
+    """Accuracy at the labelled tokens of a diagnostic's test sequences, the baselines, and accuracy by position.
+
+    Args:
+        model: The model, in evaluation mode.
+        data: Whose ``setup()`` was called.
+        limit: Sequences that are judged, the first ones; None means all.
+
+    Returns:
+        As :func:`judge`; the standard error is that of the mean over sequences, whose tokens are not independent.
+
+    Raises:
+        ValueError: If limit is below 1, or the model has too few tokens.
+    """
+    check_limit(limit)
+    if data.vocab_size is not None and model.config.vocab_size < data.vocab_size:
+        raise ValueError(f"{data.name} has {data.vocab_size} tokens, the model {model.config.vocab_size}")
+    device = next(model.parameters()).device
+    labels = data.judged["test"].labels[:limit]
+    answers = [
+        model(data.judged["test"].batch(rows)["x"].to(device))[0].argmax(-1).cpu().numpy()
+        for rows in np.array_split(np.arange(len(labels)), -(-len(labels) // data.batch_size))
+    ]
+    asked, right = labels != IGNORED, np.concatenate(answers) == labels
+    row, position = np.nonzero(asked)
+    share = float(right[asked].mean())
+    # of a ratio of sums over sequences, which may ask for unequally many
+    residuals = ((right - share) * asked).sum(1)
+    by_position = _quantiles(position)
+    return {
+        "accuracy": share,
+        "standard_error": float(np.sqrt(np.square(residuals).sum()) / len(row)),
+        "examples": len(labels),
+        "baselines_accuracy": data.baselines(),
+        "groups": {"position": _rows(by_position, right[asked], labels[asked])} if len(by_position) > 1 else {},
+    }
+
+
+def check_limit(limit: int | None) -> None:
+    """Raises ValueError where a number of examples is below 1."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
 
 
 def groups(data: ClassificationData, count: int) -> dict[str, dict[str, NDArray[np.int64]]]:

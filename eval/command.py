@@ -1,8 +1,8 @@
 """``seqzoo eval``: what a trained model can do, beside what needs none.
 
 Of a language model bits per byte at several context lengths, speed and memory, and tasks of lm-evaluation-harness; of
-a classifier the accuracy on its test examples; with ``--recall`` and ``--state-tracking`` tables of both, of models or
-of mixers that are trained for them.
+a classifier, or of what was trained on a diagnostic, the accuracy on its test examples; with ``--recall`` and
+``--state-tracking`` tables of both, of models or of mixers that are trained for them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seqzoo.eval import classification, diagnostics
 from seqzoo.eval.perplexity import at_contexts, draw
-from seqzoo.eval.run_data import data_of, trained_length
+from seqzoo.eval.run_data import data_of, is_trained_on, trained_length
 from seqzoo.eval.throughput import measure
 from seqzoo.hub.files import atomic_file
 from seqzoo.hub.saving import find_checkpoint, from_pretrained
@@ -27,6 +27,7 @@ from seqzoo.models.classifier import SequenceClassifier
 from seqzoo.models.language_model import LanguageModel
 from seqzoo.models.tokenizer import BYTES, Tokenizer, check_tokenizer, load_tokenizer, tokenizer_of
 from seqzoo.train.baselines import compressed_bits_per_byte
+from seqzoo.train.data.diagnostic_data import Diagnostic
 from seqzoo.train.data.language import LanguageData
 from seqzoo.train.data.lra import ClassificationData
 
@@ -124,6 +125,10 @@ def evaluate(options: argparse.Namespace) -> str:
     if isinstance(model, SequenceClassifier):
         data = data_of(first, ClassificationData, "a classifier is judged on the test examples of its run")
         values = classification.judge(model, data, options.limit)
+        text, pictures = classification.markdown(values), {"accuracy.png": classification.draw(values)}
+    elif isinstance(model, LanguageModel) and options.text is None and is_trained_on(first, Diagnostic):
+        drawn = data_of(first, Diagnostic, "give --text")
+        values = classification.judge_labels(model, drawn, options.limit)
         text, pictures = classification.markdown(values), {"accuracy.png": classification.draw(values)}
     elif isinstance(model, LanguageModel):
         values, pictures = of_language(model, folder, first, options)

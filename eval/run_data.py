@@ -46,27 +46,38 @@ def data_of(run: Path, kind: type[lightning.LightningDataModule], otherwise: str
     described = data_options(run)
     if not described:
         raise ValueError(f"{run} has no config.yaml that tells of its data; {otherwise}")
-    module, _, name = str(described.get("class_path", "")).rpartition(".")
-    # what a configuration names is run, so it has to be the package's own
-    found: Any = None
-    if module.startswith("seqzoo."):
-        try:
-            found = getattr(importlib.import_module(module), name, None)
-        except ImportError:
-            found = None
+    found = _class_of(described)
     if not isinstance(found, type) or not issubclass(found, kind):
         raise ValueError(f"{run} was trained on {described.get('class_path')!r}, not on {kind.__name__}; {otherwise}")
     try:
         data = found(**(described.get("init_args") or {}))
     except TypeError as error:
         raise ValueError(
-            f"{run / 'config.yaml'} is of another version: {name} does not take its options ({error}); {otherwise}"
+            f"{run / 'config.yaml'} is of another version: {found.__name__} does not take its options ({error}); "
+            f"{otherwise}"
         ) from error
     data.setup("test")
     return data
+
+
+def is_trained_on(run: Path, kind: type[lightning.LightningDataModule]) -> bool:
+    """Whether the configuration of a run names such data."""
+    found = _class_of(data_options(run))
+    return isinstance(found, type) and issubclass(found, kind)
 
 
 def trained_length(run: Path) -> int | None:
     """Tokens of a training window, where the run's configuration tells."""
     length = (data_options(run).get("init_args") or {}).get("context")
     return length if isinstance(length, int) else None
+
+
+def _class_of(described: dict[str, Any]) -> Any:
+    """The class that a configuration names; None where it is not the package's own, for what is named is run."""
+    module, _, name = str(described.get("class_path", "")).rpartition(".")
+    if not module.startswith("seqzoo."):
+        return None
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None

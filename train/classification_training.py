@@ -1,4 +1,4 @@
-"""One run of training a classifier: what it measures, shows and leaves."""
+"""One run of training what is judged by accuracy: what it measures, shows and leaves."""
 
 from __future__ import annotations
 
@@ -116,9 +116,7 @@ class ClassificationTraining(Training):
 
     def data_words(self) -> str:
         """Where the data lie, and how many examples there are."""
-        data = self.cli.datamodule.description()
-        sizes = [f"{data[f'{split}_examples']} to {verb}" for split, verb in VERBS.items()]
-        return f"{data['folder']}: {', '.join(sizes)}"
+        return self.cli.datamodule.words()
 
     def finish(self, module: Any, facts: dict[str, Any]) -> str:
         """Chooses weights by validation, judges them by the test, and leaves model, report and a table beside it."""
@@ -172,6 +170,3 @@ class ClassificationTraining(Training):
             return facts["best_step"], best
         module.load_state_dict(last)
         return step, accuracy
-
-
-VERBS = {"training": "train on", "validation": "validate", "test": "test"}

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from seqzoo.train.arguments import Request, short_help
 from seqzoo.train.checkpoints import CheckpointError, read_checkpoint
-from seqzoo.train.classification import ClassificationModule
+from seqzoo.train.classification import LabellingModule
 from seqzoo.train.classification_training import ClassificationTraining
 from seqzoo.train.configuration import ConfigurationError, combine
 from seqzoo.train.finite import NonFiniteLoss
@@ -152,7 +152,7 @@ def held(run: RunFolder, processes: Processes | None) -> Iterator[None]:
 
 def training_of(cli: TrainingCLI) -> type[Training]:
     """What trains a module of this kind."""
-    return ClassificationTraining if isinstance(cli.model, ClassificationModule) else Training
+    return ClassificationTraining if isinstance(cli.model, LabellingModule) else Training
 
 
 def _score(report: Mapping[str, Any]) -> str:

@@ -23,9 +23,9 @@ from seqzoo.train.averaging import AveragedWeights, ExponentialAverage, Schedule
 from seqzoo.train.callbacks import Checkpointing, Metering, ProgressDisplay, StepsFromMinutes
 from seqzoo.train.callbacks.progress import quantity
 from seqzoo.train.checkpoints import SafetensorsIO, check_fits, read_checkpoint
-from seqzoo.train.classification import ClassificationModule
+from seqzoo.train.classification import LabellingModule
 from seqzoo.train.configuration import ConfigurationError
-from seqzoo.train.data.lra import ClassificationData
+from seqzoo.train.data.language import LanguageData
 from seqzoo.train.groups import describe_groups, groups_table
 from seqzoo.train.interruption import Aborted, Interrupted, Interruption
 from seqzoo.train.metrics_table import COLUMNS, MetricsTable
@@ -346,10 +346,20 @@ def check_data(cli: TrainingCLI, processes: Processes | None = None) -> None:
         cli.datamodule.setup()
     except (OSError, ValueError) as error:
         raise ConfigurationError(str(error)) from error
-    if isinstance(cli.model, ClassificationModule):
+    labelling = isinstance(cli.model, LabellingModule)
+    kind = cli.model.data_kind if labelling else LanguageData
+    if not isinstance(cli.datamodule, kind):
+        raise ConfigurationError(
+            f"model.class_path {type(cli.model).__name__} takes data of the kind {kind.__name__}, got "
+            f"{type(cli.datamodule).__name__}"
+        )
+    try:
+        cli.model.check_data(cli.datamodule)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+    if labelling:
         if processes is not None:
-            raise ConfigurationError("a classifier pools over all tokens of a sequence: it cannot share them out")
-        _check_classification(cli)
+            raise ConfigurationError("next-token prediction alone shares out its tokens: leave out sequence_parallel")
         return
     groups = 1 if processes is None else processes.size // processes.sequence_parallel
     if cli.datamodule.validation_streams < groups:
@@ -358,21 +368,8 @@ def check_data(cli: TrainingCLI, processes: Processes | None = None) -> None:
             f"{cli.datamodule.validation_streams}"
         )
     config = cli.model.model.config
-    try:
-        cli.model.check_data(cli.datamodule)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
     words, longest = cli.datamodule.longest
     if config.max_positions is not None and config.max_positions < longest:
         raise ConfigurationError(
             f"model.config.max_positions must be at least {words}, {longest}, got {config.max_positions}"
         )
-
-
-def _check_classification(cli: TrainingCLI) -> None:
-    if not isinstance(cli.datamodule, ClassificationData):
-        raise ConfigurationError(f"a classifier needs labelled data, got {type(cli.datamodule).__name__}")
-    try:
-        cli.model.check_data(cli.datamodule)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error

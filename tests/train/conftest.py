@@ -79,6 +79,27 @@ def train() -> Callable[..., Done]:
 
 
 @pytest.fixture(scope="session")
+def quiet_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Makes a trainer of so many steps on the CPU that shows and keeps nothing."""
+    import lightning.pytorch as lightning
+
+    def make(steps: int, **options: Any) -> lightning.Trainer:
+        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        values = {
+            "max_epochs": -1,
+            "accelerator": "cpu",
+            "use_distributed_sampler": False,
+            "num_sanity_val_steps": 0,
+            "check_val_every_n_epoch": None,
+            "val_check_interval": steps,
+            "default_root_dir": str(tmp_path_factory.getbasetemp()),
+        }
+        return lightning.Trainer(max_steps=steps, **{**dict.fromkeys(quiet, False), **values, **options})
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny(corpus: Path) -> list[str]:
     """Options of a run of 24 steps that takes less than a second."""
     return ["--data.folder", str(corpus), *TINY.split(), "--trainer.max_steps", str(STEPS)]

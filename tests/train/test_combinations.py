@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import lightning.pytorch as lightning
 import numpy as np
 import pytest
 import torch
@@ -32,6 +31,8 @@ TOY = {
     "Text": {"longest": 12, "batch_size": 2},
     "Retrieval": {"longest": 12, "batch_size": 2},
     "GreyImage": {"batch_size": 2},
+    # with options by the name of the diagnostic
+    "Diagnostic": {"validation_examples": 2, "test_examples": 2, "batch_size": 2},
     # files of the test's in place of every source
     "Corpus": {
         **dict.fromkeys(("dataset", "subset", "validation_split", "test_split", "revision", "sizes", "max_tokens")),
@@ -43,6 +44,14 @@ TOY = {
         "batch_size": 2,
         "validation_streams": 2,
     },
+}
+
+SHORT = {
+    "mqar": {"length": 16, "n_pairs": 2, "vocab_size": 16},
+    "selective-copying": {"length": 12, "n_tokens": 2},
+    "induction-heads": {"length": 12},
+    "parity": {"length": 12},
+    "group-words": {"length": 6},
 }
 
 
@@ -83,11 +92,14 @@ def test_there_is_a_model_of_every_family():
 
 
 @pytest.mark.parametrize(("task", "model"), list(cases()))
-def test_they_train_together(task, model, stands, tmp_path_factory):
+def test_they_train_together(task, model, stands, quiet_trainer):
     data = load(task)["data"]["class_path"].rpartition(".")[2]
     assert data in TOY, "a new kind of data needs a toy"
     folder = stands / data
     place = {"folder": folder} if folder.exists() else {"cache": stands / "cache"}
+    if data == "Diagnostic":
+        name = load(task)["data"]["init_args"]["name"]
+        place = {f"options.{option}": value for option, value in SHORT[name].items()}
     if data == "Corpus":
         place["files"] = json.dumps([str(stands / "FolderBytes" / "**/*.py")])
     pattern = load(model)["model"]["init_args"]["config"]["pattern"]
@@ -101,21 +113,7 @@ def test_they_train_together(task, model, stands, tmp_path_factory):
     cli = TrainingCLI(combine([task, model]), words)
     check_data(cli)
     before = {name: parameter.detach().clone() for name, parameter in cli.model.named_parameters()}
-    fit = lightning.Trainer(
-        max_steps=1,
-        max_epochs=-1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        val_check_interval=1,
-        limit_val_batches=1,
-        default_root_dir=str(tmp_path_factory.getbasetemp()),
-    )
+    fit = quiet_trainer(1, limit_val_batches=1)
     fit.fit(cli.model, datamodule=cli.datamodule)
     assert fit.global_step == 1
     assert all(torch.isfinite(value) for value in fit.callback_metrics.values())

@@ -31,27 +31,9 @@ def build(**options) -> ClassificationModule:
     return ClassificationModule(ClassifierConfig(**values | options), **{"lr": 0.01, "warmup_steps": 10} | module)
 
 
-def trainer(folder, steps: int, **options) -> lightning.Trainer:
-    return lightning.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        val_check_interval=steps,
-        default_root_dir=str(folder),
-        **options,
-    )
-
-
-def test_it_learns_and_counts_every_validation_example(tmp_path):
+def test_it_learns_and_counts_every_validation_example(tmp_path, quiet_trainer):
     data, module = listops(tmp_path), build(dropout=0.1)
-    fit = trainer(tmp_path, 150)
+    fit = quiet_trainer(150)
     fit.fit(module, datamodule=data)
     judged = module.judge(EvaluationBatches(data.examples("validation"), batch_size=7))
     assert judged["examples"] == 50
@@ -70,11 +52,11 @@ def test_it_learns_and_counts_every_validation_example(tmp_path):
     assert float(fit.callback_metrics["test_accuracy"]) == pytest.approx(right / 50)
 
 
-def test_it_resumes_to_the_same_bits(tmp_path):
+def test_it_resumes_to_the_same_bits(tmp_path, quiet_trainer):
     whole = build(dropout=0.1)
-    trainer(tmp_path, 8).fit(whole, datamodule=listops(tmp_path))
+    quiet_trainer(8).fit(whole, datamodule=listops(tmp_path))
     first = build(dropout=0.1)
-    half = trainer(tmp_path, 8)
+    half = quiet_trainer(8)
     stop = lightning.Callback()
     stop.on_train_batch_end = lambda trainer, *rest: (
         trainer.save_checkpoint(tmp_path / "half.ckpt") if trainer.global_step == 5 else None
@@ -82,7 +64,7 @@ def test_it_resumes_to_the_same_bits(tmp_path):
     half.callbacks.append(stop)
     half.fit(first, datamodule=listops(tmp_path))
     again = build(dropout=0.1)
-    resumed = trainer(tmp_path, 8)
+    resumed = quiet_trainer(8)
     resumed.fit(again, datamodule=listops(tmp_path), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True)
     assert resumed.global_step == 8
     for name, parameter in whole.named_parameters():
@@ -97,7 +79,7 @@ def test_padding_changes_no_score(tmp_path):
     torch.testing.assert_close(module.score(batch), module.score(wide))
 
 
-def test_pairs_are_a_dual_encoder(tmp_path):
+def test_pairs_are_a_dual_encoder(tmp_path, quiet_trainer):
     lines = [f"{number % 2}\t0\t0\tabc{number}\t{'x' if number % 2 else 'y'}" for number in range(12)]
     for split in ("train", "eval", "test"):
         (tmp_path / f"new_aan_pairs.{split}.tsv").write_text("\n".join(lines) + "\n")
@@ -108,30 +90,30 @@ def test_pairs_are_a_dual_encoder(tmp_path):
     assert type(build().model) is SequenceClassifier
     module.check_data(data)
     before = module.judge(data.test_dataloader())
-    trainer(tmp_path, 40).fit(module, datamodule=data)
+    quiet_trainer(40).fit(module, datamodule=data)
     after = module.judge(data.test_dataloader())
     assert before["examples"] == after["examples"] == 12
     assert after["accuracy"] == 1.0
     assert after["loss"] < before["loss"]
 
 
-def test_pixels_are_numbers_or_tokens(tmp_path):
+def test_pixels_are_numbers_or_tokens(tmp_path, quiet_trainer):
     options = {"training_examples": 8, "validation_examples": 4, "test_examples": 4, "contour_length": 6}
     for tokens, kind in ((False, {"vocab_size": None, "n_features": 1}), (True, {"vocab_size": 256})):
         data = GeneratedPathfinder(cache=str(tmp_path), batch_size=4, tokens=tokens, **options)
         data.setup()
         module = build(n_classes=2, **kind)
         module.check_data(data)
-        trainer(tmp_path, 2).fit(module, datamodule=data)
+        quiet_trainer(2).fit(module, datamodule=data)
         assert module.judge(data.val_dataloader())["examples"] == 4
 
 
-def test_a_loss_that_is_not_finite_names_the_parameter(tmp_path):
+def test_a_loss_that_is_not_finite_names_the_parameter(tmp_path, quiet_trainer):
     module = build()
     with torch.no_grad():
         module.model.head.weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteLoss, match=r"loss of step 1 is nan; the parameter head\.weight is not finite"):
-        trainer(tmp_path, 2).fit(module, datamodule=listops(tmp_path))
+        quiet_trainer(2).fit(module, datamodule=listops(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -163,11 +145,11 @@ def test_bad_options(options, message):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_s4d_sees_more_of_a_tree_than_its_root(tmp_path, record_property):
+def test_s4d_sees_more_of_a_tree_than_its_root(tmp_path, record_property, quiet_trainer):
     """ListOps of lengths 50 to 200 and depth 5: above what the first token alone gives."""
     data = ListOps(cache=str(tmp_path), above=50, below=200, max_depth=5, batch_size=32)
     module = build(d_model=64, n_layers=4, mlp="none", lr=0.01, warmup_steps=200)
-    trainer(tmp_path, 2500).fit(module, datamodule=data)
+    quiet_trainer(2500).fit(module, datamodule=data)
     found = module.judge(itertools.islice(data.test_dataloader(), 30))
     baselines = data.baselines()
     record_property("accuracy", found["accuracy"])

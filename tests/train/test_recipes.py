@@ -46,7 +46,10 @@ def slow_rates(module: OptimisedModule) -> dict[str, tuple[float, float]]:
 
 def test_which_there_are():
     expected = {f"recipe/{kind}-{task}" for kind in ("s4", "s4d", "s5") for task in LRA}
-    expected |= {f"recipe/mamba-{size}" for size in SIZES} | {"recipe/min_gru-shakespeare"}
+    expected |= {f"recipe/mamba-{size}" for size in SIZES} | {
+        "recipe/min_gru-shakespeare",
+        "recipe/min_gru-selective-copying",
+    }
     assert expected | {f"recipe/lru-{task}" for task in ("listops", "text", "pathx")} == set(RECIPES)
 
 
@@ -81,6 +84,10 @@ def test_it_builds_and_names_its_source(name):
         rates = slow_rates(module)
         assert rates["backbone.blocks.0.mixer.mixer.A_imag"] == (pytest.approx(own), 0.0)
         assert rates["backbone.blocks.0.mixer.mixer.out_proj.weight"][0] == lr
+    if task == "selective-copying":
+        mixer = module.model.backbone.blocks[0].mixer
+        assert (config.n_layers, mixer.in_proj.out_features, cli.config.trainer.max_steps) == (3, 2 * 6 * 64, 400_000)
+        assert cli.datamodule.draws["training"](0, 0, batch_size=1)[0].shape == (1, 4096 + 16)
     if kind == "mamba":
         count = sum(parameter.numel() for parameter in module.model.parameters())
         assert count == pytest.approx(SIZES[task], rel=0.025)

@@ -347,19 +347,14 @@ class Batches(torch.utils.data.IterableDataset):
         return iter(torch.randint(0, 256, (24, 13), generator=generator).split(self.size))
 
 
-def fit(module, size: int, steps: int = 3, **options) -> lightning.Trainer:
-    trainer = lightning.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **options,
-    )
-    trainer.fit(module, torch.utils.data.DataLoader(Batches(size), batch_size=None))
-    return trainer
+@pytest.fixture
+def fit(quiet_trainer):
+    def run(module, size: int, steps: int = 3, **options) -> lightning.Trainer:
+        trainer = quiet_trainer(steps, **options)
+        trainer.fit(module, torch.utils.data.DataLoader(Batches(size), batch_size=None))
+        return trainer
+
+    return run
 
 
 def language(**options) -> LanguageModeling:
@@ -369,7 +364,7 @@ def language(**options) -> LanguageModeling:
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers", "ignore:You defined")
 class TestTrainer:
-    def test_two_batches_of_four_are_one_of_eight(self):
+    def test_two_batches_of_four_are_one_of_eight(self, fit):
         together, apart = language(), language()
         fit(together, 8, precision="64-true")
         assert fit(apart, 4, precision="64-true", accumulate_grad_batches=2).global_step == 3
@@ -380,7 +375,7 @@ class TestTrainer:
         fit(half, 4, precision="64-true")
         assert not torch.allclose(half.model.embedding.weight, together.model.embedding.weight)
 
-    def test_gradients_are_clipped_to_the_norm(self):
+    def test_gradients_are_clipped_to_the_norm(self, fit):
         found = []
 
         def look(optimiser, *arguments):
@@ -398,7 +393,7 @@ class TestTrainer:
         assert found[:3] == pytest.approx([0.125] * 3, rel=1e-4)
         assert min(found[3:]) > 0.25
 
-    def test_bfloat16_is_that_of_activations(self):
+    def test_bfloat16_is_that_of_activations(self, fit):
         kinds, losses = [], []
         for precision, kind in (("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)):
             module = language()

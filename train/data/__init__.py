@@ -1,6 +1,7 @@
 """Data modules: what a model is trained and judged on."""
 
 from seqzoo.train.data.corpus import Corpus as Corpus
+from seqzoo.train.data.diagnostic_data import Diagnostic as Diagnostic
 from seqzoo.train.data.documents import FolderDocuments as FolderDocuments
 from seqzoo.train.data.folder_bytes import FolderBytes as FolderBytes
 from seqzoo.train.data.language import LanguageData as LanguageData

@@ -12,136 +12,49 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import lightning.pytorch as lightning
 import numpy as np
 
 from seqzoo.modules.options import check_count, check_flags
 from seqzoo.train.data import pathfinder
-from seqzoo.train.data.examples import (
-    EvaluationBatches,
-    Examples,
-    Pairs,
-    Pictures,
-    Sequences,
-    TrainingBatches,
-    fingerprint,
-    split_by_content,
-)
+from seqzoo.train.data.examples import Examples, Pairs, Pictures, Sequences, fingerprint, split_by_content
+from seqzoo.train.data.labelled import SPLITS, LabelledData
 from seqzoo.train.data.listops import TOKENS, Law, depth_oracle, generate, read_official
 from seqzoo.train.data.ragged import Ragged
 from seqzoo.train.data.released import Photographs, read_articles, read_photographs, read_reviews
 from seqzoo.train.data.shards import Shards, data_folder, folder_name
 
-SPLITS = ("training", "validation", "test")
 BYTES = 256
 # trees from which the oracle of ListOps counts
 ORACLE_TREES = 10_000
 
 
-class ClassificationData(lightning.LightningDataModule):
-    """Labelled sequences in three splits; batches are the arguments of a classifier's ``loss``.
-
-    Args:
-        batch_size: Examples of a step, in every process.
-        seed: Of the order; the command sets it from its own.
+class ClassificationData(LabelledData):
+    """Sequences of one label each.
 
     Attributes:
         n_classes: Labels go from 0 to one less.
-        vocab_size: Tokens, or None where positions hold numbers.
-        n_features: Numbers of a position, or None where they hold tokens.
-        longest: Positions of a sequence, at most.
         pairs: Whether an example is two sequences.
-        folder: Where the data lie.
     """
 
     n_classes: ClassVar[int]
     pairs: ClassVar[bool] = False
-    vocab_size: int | None = None
-    n_features: int | None = None
-    longest: int
-    folder: str
 
-    def __init__(self, batch_size: int, seed: int) -> None:
-        super().__init__()
-        self.batch_size = check_count("batch_size", batch_size)
-        self.seed = seed
-        self.splits: dict[str, Examples] = {}
-
-    def read(self) -> dict[str, Examples]:
-        """The examples of training, validation and test."""
-        raise NotImplementedError(f"{type(self).__name__} must define read")
-
-    def setup(self, stage: str | None = None) -> None:
-        """Reads or generates the data, once.
-
-        Raises:
-            FileNotFoundError: If released data are not there; says what to download.
-            ValueError: If a split is empty or a label out of range; names the split.
-        """
-        if self.splits:
-            return
-        splits = self.read()
-        for name in SPLITS:
-            labels = splits[name].labels
-            if len(labels) == 0:
-                raise ValueError(f"the {name} split of {self.folder} is empty; expected labelled examples")
-            wrong = np.flatnonzero((labels < 0) | (labels >= self.n_classes))
-            if wrong.size:
-                raise ValueError(
-                    f"example {wrong[0]} of the {name} split of {self.folder} has the label {labels[wrong[0]]}; "
-                    f"expected 0 to {self.n_classes - 1}"
-                )
-        self.splits = splits
-
-    def train_dataloader(self) -> TrainingBatches:
-        """Batches from the step on at which the trainer stands."""
-        trainer = self.trainer
-        return TrainingBatches(
-            self.examples("training"),
-            batch_size=self.batch_size,
-            seed=self.seed,
-            start=0 if trainer is None else trainer.global_step * trainer.accumulate_grad_batches,
-            **self._place(),
-        )
-
-    def val_dataloader(self) -> EvaluationBatches:
-        """All validation examples."""
-        return EvaluationBatches(self.examples("validation"), batch_size=self.batch_size, **self._place())
-
-    def test_dataloader(self) -> EvaluationBatches:
-        """All test examples."""
-        return EvaluationBatches(self.examples("test"), batch_size=self.batch_size, **self._place())
-
-    def examples(self, split: str) -> Examples:
-        """The examples of a split.
-
-        Raises:
-            RuntimeError: If they were not read.
-        """
-        if not self.splits:
-            raise RuntimeError("the data is read by setup(), which was not called")
-        return self.splits[split]
-
-    def description(self) -> dict[str, str | int]:
-        """What was read, for the record: sizes, and fingerprints by which a later run knows the same data."""
-        found: dict[str, str | int] = {"folder": self.folder}
-        for name in SPLITS:
-            found[f"{name}_examples"] = len(self.examples(name).labels)
-            found[f"{name}_digest"] = self.examples(name).digest
-        return found
+    def check_split(self, name: str, examples: Examples) -> None:
+        """Raises ValueError where there is no example, or a label is out of range."""
+        super().check_split(name, examples)
+        labels = examples.labels
+        wrong = np.flatnonzero((labels < 0) | (labels >= self.n_classes))
+        if wrong.size:
+            raise ValueError(
+                f"example {wrong[0]} of the {name} split of {self.folder} has the label {labels[wrong[0]]}; "
+                f"expected 0 to {self.n_classes - 1}"
+            )
 
     def baselines(self) -> dict[str, float]:
         """Accuracies on the test examples that need no model."""
         prior = int(np.bincount(self.examples("training").labels, minlength=self.n_classes).argmax())
         share = float((self.examples("test").labels == prior).mean())
         return {"chance": 1 / self.n_classes, "most frequent class": share}
-
-    def _place(self) -> dict[str, int]:
-        trainer = self.trainer
-        return {
-            "rank": 0 if trainer is None else trainer.global_rank,
-            "world_size": 1 if trainer is None else trainer.world_size,
-        }
 
 
 class ListOps(ClassificationData):
