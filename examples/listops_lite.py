@@ -21,11 +21,13 @@ from seqzoo.cli import main as seqzoo
 MODELS = {
     "s4d": [
         *("--model.config.pattern", '[{"name": "s4d", "d_state": 16}]', "--model.config.n_layers", "4"),
-        *("--model.config.d_model", "64", "--model.lr", "0.01"),
+        *("--model.config.d_model", "64", "--model.config.norm", "batch", "--model.lr", "0.01"),
     ],
     "mamba": [
-        *("--model.config.pattern", "mamba", "--model.config.n_layers", "3"),
-        *("--model.config.d_model", "64", "--model.lr", "0.0015"),
+        # what is selected by the root, which comes first, needs no second direction
+        *("--model.config.pattern", '[{"name": "mamba", "d_state": 4}]', "--model.config.bidirectional", "false"),
+        *("--model.config.n_layers", "3", "--model.config.d_model", "64"),
+        *("--model.config.norm", "batch", "--model.lr", "0.002"),
     ],
 }
 TASKS = {
@@ -42,7 +44,7 @@ def run(model: str, task: str, minutes: float, runs: Path, more: list[str]) -> t
     """Trains and judges a model; its accuracy and that of the oracle of one level."""
     before = set(runs.glob("*")) if runs.is_dir() else set()
     arguments = ["train", "--config", "task/listops-lite", "--config", "model/s4d", *MODELS[model], *TASKS[task]]
-    arguments += ["--minutes", str(minutes), "--trainer.max_steps", "-1", "--model.warmup_steps", "100"]
+    arguments += ["--minutes", str(minutes), "--trainer.max_steps", "-1", "--model.warmup_steps", "300"]
     arguments += ["--name", f"listops-{task}-{model}", "--runs", str(runs)]
     if seqzoo([*arguments, *more]) != 0:
         raise SystemExit(f"training {model} did not end well; what it said stands above")

@@ -28,7 +28,9 @@ Facts = dict[str, Any]
 
 
 def finish(run: RunFolder, module: LanguageModeling, data: LanguageData, facts: Facts, console: Console) -> Facts:
-    """Judges a trained model on all validation tokens and leaves everything in the folder of the run.
+    """Judges a trained model on all validation and test tokens and leaves everything in the folder of the run.
+
+    Weights are chosen by validation alone.
 
     Args:
         run: The folder.
@@ -51,6 +53,7 @@ def finish(run: RunFolder, module: LanguageModeling, data: LanguageData, facts: 
     report = {
         "validation_bits_per_byte": score,
         "validation_perplexity": 2.0 ** (score * data.bytes_per_token("validation")),
+        **test_scores(module, data),
         "baselines_bits_per_byte": baselines,
         "model_of_step": step,
         "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
@@ -61,6 +64,14 @@ def finish(run: RunFolder, module: LanguageModeling, data: LanguageData, facts: 
     run.write_json(run.report, report)
     show(report, text, data, console)
     return report
+
+
+def test_scores(module: LanguageModeling, data: LanguageData) -> Facts:
+    """Bits per byte and perplexity of the test texts; empty where there are none."""
+    if "test" not in data.sides:
+        return {}
+    bits = module.bits_per_token(data.test_dataloader())
+    return {"test_bits_per_byte": bits / data.bytes_per_token("test"), "test_perplexity": 2.0**bits}
 
 
 def save_interrupted(run: RunFolder, module: LanguageModeling, data: LanguageData) -> None:
@@ -110,6 +121,12 @@ def show(report: Facts, text: str, data: LanguageData, console: Console) -> None
         f"{report['validation_perplexity']:.3f} per token of {data.bytes_per_token('validation'):.3f} bytes.",
         highlight=False,
     )
+    if "test_bits_per_byte" in report:
+        console.print(
+            f"On the {data.words('test')} of test {report['test_bits_per_byte']:.3f} bits per byte, perplexity "
+            f"{report['test_perplexity']:.3f} per token.",
+            highlight=False,
+        )
     console.print(
         f"{report['parameters'] / 1e6:.2f} M parameters, {report['steps']} steps in {report['seconds'] / 60:.1f} min, "
         f"{quantity(report['bytes_per_second'])}B/s; weights of step {report['model_of_step']}",

@@ -13,12 +13,14 @@ import pytest
 import tokenizers
 
 from seqzoo.cli import main as seqzoo
+from seqzoo.eval.run_data import data_of
 from seqzoo.hub import from_pretrained, save_pretrained
 from seqzoo.models import LanguageModel, ModelConfig
 from seqzoo.models.tokenizer import load_tokenizer, nucleotides, tokenizer_of
 from seqzoo.train.checkpoints import read_checkpoint, write_checkpoint
 from seqzoo.train.command import main
 from seqzoo.train.configuration import load, shipped
+from seqzoo.train.data.language import LanguageData
 from seqzoo.train.metrics_table import read_metrics
 from seqzoo.train.modules import LanguageModeling
 
@@ -94,6 +96,27 @@ def test_a_run_leaves_its_tokenizer_and_tells_bits_of_bytes(run, bpe):
         if row["train_loss"] is not None:
             assert row["train_bpb"] == pytest.approx(row["train_loss"] / math.log(2) / training)
     assert (run / "sample.txt").read_text().startswith("def ")
+
+
+def test_the_report_judges_the_test_texts_of_weights_that_validation_chose(options, corpus, tmp_path, capsys):
+    held = sorted(corpus.rglob("*.py"))[:3]
+    assert main([*options, "--runs", str(tmp_path), "--data.test_files", json.dumps(list(map(str, held)))]) == 0
+    (run,) = tmp_path.iterdir()
+    report = json.loads((run / "report.json").read_text())
+    assert report["test_perplexity"] == pytest.approx(2 ** (report["test_bits_per_byte"] * _token_size(run, "test")))
+    assert report["test_bits_per_byte"] != report["validation_bits_per_byte"]
+    assert f"of test {report['test_bits_per_byte']:.3f} bits per byte" in " ".join(capsys.readouterr().out.split())
+    asked = ["eval", str(run), "--side", "test", "--contexts", "16", "--tokens", "100000", "--output", str(run / "e")]
+    assert seqzoo(asked) == 0
+    windows = json.loads((run / "e" / "evaluation.json").read_text())
+    # of windows without what came before, so a little worse
+    found = min(windows["bits_per_byte"].values())
+    assert found == pytest.approx(report["test_bits_per_byte"], rel=0.1)
+
+
+def _token_size(run: Path, side: str) -> float:
+    data = data_of(run, LanguageData, "")
+    return data.side(side).bytes_per_token
 
 
 def test_it_generates_with_its_tokenizer(run, bpe, capsys):

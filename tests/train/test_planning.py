@@ -23,14 +23,15 @@ def test_steps_fill_the_time():
     assert plan_steps(budget=1, elapsed=5, done=7, step=0.25, validation=2.0, every=0, final=8.0) == 8
 
 
-@pytest.mark.parametrize("first", [0, 20])
-def test_the_callback_decides_once_from_the_steps_after_the_first(first, monkeypatch):
+@pytest.mark.parametrize(("first", "tested"), [(0, 0), (20, 0), (0, 100)])
+def test_the_callback_decides_once_from_the_steps_after_the_first(first, tested, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     decided = []
     callback = StepsFromMinutes(1.0, 50, decided.append)
     loop = SimpleNamespace(max_steps=-1)
     windows = type("Windows", (), {"context": 32, "starts": range(4), "__len__": lambda self: 10})()
+    sides = {"training": None, "validation": None, **({"test": None} if tested else {})}
     trainer = SimpleNamespace(
         max_steps=-1,
         global_step=first,
@@ -39,7 +40,7 @@ def test_the_callback_decides_once_from_the_steps_after_the_first(first, monkeyp
         val_check_interval=100,
         fit_loop=SimpleNamespace(epoch_loop=loop),
         strategy=SimpleNamespace(reduce_boolean_decision=lambda one, all: one, broadcast=lambda one: one),
-        datamodule=SimpleNamespace(val_dataloader=lambda: windows),
+        datamodule=SimpleNamespace(val_dataloader=lambda: windows, test_dataloader=lambda: [0] * tested, sides=sides),
     )
     batch = torch.zeros(8, 33)
     callback.on_train_start(trainer, None)
@@ -50,8 +51,10 @@ def test_the_callback_decides_once_from_the_steps_after_the_first(first, monkeyp
         callback.on_train_batch_end(trainer, None, None, batch, trainer.global_step - 1)
     assert trainer.global_step == first + SKIPPED + 9, "8 steps are too short a time, 9 are 3 % of the minute"
     assert loop.max_steps == decided[0]
-    remaining = 60 * MARGIN - (now[0] - 1000.0) - REPORT_SECONDS
-    assert decided[0] == pytest.approx(trainer.global_step + remaining / 0.2, rel=0.03)
+    # a window of 4 * 32 tokens takes half of what they take in a step of 8 * 32
+    judged = (10 + tested) * 0.2 * 0.5 / 2
+    remaining = 60 * MARGIN - (now[0] - 1000.0) - REPORT_SECONDS - judged
+    assert decided[0] == pytest.approx(trainer.global_step + remaining / 0.2, rel=0.02)
     trainer.max_steps = decided[0]
     callback.on_train_batch_end(trainer, None, None, batch, 60)
     assert len(decided) == 1

@@ -95,7 +95,10 @@ class StepsFromMinutes(lightning.Callback):
             self._decided(steps)
 
     def _plan(self, trainer: Any, batch: Tensor, elapsed: float, step_seconds: float) -> int:
-        windows = trainer.datamodule.val_dataloader()
+        data = trainer.datamodule
+        windows = data.val_dataloader()
+        # the report judges the test texts as well
+        tested = len(data.test_dataloader()) if "test" in data.sides else 0
         per_byte = FORWARD_SHARE * step_seconds / (tokens_of(batch) * trainer.accumulate_grad_batches)
         per_window = per_byte * windows.context * len(windows.starts)
         limit = trainer.limit_val_batches
@@ -107,5 +110,5 @@ class StepsFromMinutes(lightning.Callback):
             step=step_seconds,
             validation=used * per_window,
             every=trainer.val_check_interval if isinstance(trainer.val_check_interval, int) else 0,
-            final=len(windows) * per_window + REPORT_SECONDS,
+            final=(len(windows) + tested) * per_window + REPORT_SECONDS,
         )
