@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 import signal
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +65,11 @@ def options(corpus: Path, bpe: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def run(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    assert main([*options, "--runs", str(runs)]) == 0
-    return next(runs.iterdir())
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main([*options, "--runs", str(runs)]) == 0
+    (run,) = runs.iterdir()
+    (run / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
+    return run
 
 
 def test_a_run_is_judged_on_what_it_held_out(run, capsys):
@@ -96,6 +102,17 @@ def test_a_run_leaves_its_tokenizer_and_tells_bits_of_bytes(run, bpe):
         if row["train_loss"] is not None:
             assert row["train_bpb"] == pytest.approx(row["train_loss"] / math.log(2) / training)
     assert (run / "sample.txt").read_text().startswith("def ")
+
+
+def test_its_lines_tell_bits_of_bytes_and_perplexity_of_tokens(run):
+    printed = " ".join((run / "printed.txt").read_text(encoding="utf-8").split())
+    (found,) = re.findall(r"loss ([\d.]+) \(([\d.]+) bpb, perplexity ([\d.]+)\).*? tokens/s", printed)[-1:]
+    loss, bits, perplexity = map(float, found)
+    assert perplexity == pytest.approx(math.exp(loss), rel=2e-3)
+    assert bits == pytest.approx(loss / math.log(2) / _token_size(run, "training"), abs=1e-3)
+    (bits, perplexity) = map(float, re.findall(r"validation ([\d.]+) bits per byte, perplexity ([\d.]+)", printed)[-1])
+    (*_, row) = (row for row in read_metrics(run / "metrics.csv") if row["validation_bpb"] is not None)
+    assert (bits, perplexity) == pytest.approx((row["validation_bpb"], row["validation_perplexity"]), rel=1e-3)
 
 
 def test_the_report_judges_the_test_texts_of_weights_that_validation_chose(options, corpus, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from seqzoo.train.data.windows import tokens_of
 
 SKIPPED = 3
 MEASURED = 8
+# a step that takes this many times the median waits for something that does not return: what is compiled or read first
+STALLED = 4.0
 SHARE = 0.03
 REPORT_SECONDS = 6.0
 # a forward pass alone is a third of a step; validation moves more, so half is on the safe side
@@ -44,8 +47,13 @@ def plan_steps(
     return done + max(1, int(remaining / each))
 
 
+def steady(seconds: list[float]) -> list[float]:
+    """The steps that tell how long later ones take: those that did not stall."""
+    return [each for each in seconds if each <= STALLED * statistics.median(seconds)]
+
+
 class StepsFromMinutes(lightning.Callback):
-    """Measures the first steps, skipping those that compile and warm up, then sets ``max_steps`` for good.
+    """Measures the first steps, skipping those that compile, warm up or stall, then sets ``max_steps`` for good.
 
     From then on nothing depends on the clock: the schedule and the end follow from the step alone.
 
@@ -68,28 +76,29 @@ class StepsFromMinutes(lightning.Callback):
         self._decided = decided
         self._began = 0.0
         self._first = 0
-        self._measured_from = 0.0
+        self._last = 0.0
+        self._seconds: list[float] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock; a run that was killed before the decision measures again."""
         self._began = time.perf_counter()
-        self._first = trainer.global_step
+        self._first, self._seconds = trainer.global_step, []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         """Decides as soon as enough steps are measured, at the latest when the warm-up ends."""
         if trainer.max_steps != -1 or (batch_idx + 1) % trainer.accumulate_grad_batches != 0:
             return
         now, step = time.perf_counter(), trainer.global_step
-        steps_here = step - self._first
-        if steps_here <= SKIPPED:
-            self._measured_from = now
+        since, self._last = now - self._last, now
+        if step - self._first <= SKIPPED:
             return
-        measured = now - self._measured_from
-        enough = steps_here >= SKIPPED + MEASURED and measured >= SHARE * self.budget
+        self._seconds.append(since)
+        measured = steady(self._seconds)
+        enough = len(measured) >= MEASURED and sum(measured) >= SHARE * self.budget
         enough = enough or step >= self.warmup_steps - 1 or now - self._began > self.budget / 2
         # the processes' clocks differ
         if trainer.strategy.reduce_boolean_decision(enough, all=False):
-            steps = self._plan(trainer, batch, now - self._began, measured / (steps_here - SKIPPED))
+            steps = self._plan(trainer, batch, now - self._began, sum(measured) / len(measured))
             steps = trainer.strategy.broadcast(steps)
             trainer.fit_loop.epoch_loop.max_steps = steps
             self._decided(steps)

@@ -35,11 +35,13 @@ class ProgressDisplay(lightning.Callback):
         self._shown = 0.0
         self._average: float | None = None
         self._device = torch.device("cpu")
+        self._token_bytes = 1.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Opens the line."""
         self._first = (trainer.global_step, time.monotonic())
         self._device = pl_module.device
+        self._token_bytes = self._meter.scale(trainer)
         self._shown = time.monotonic()
         if self._console.is_terminal:
             self._progress = Progress(
@@ -73,7 +75,10 @@ class ProgressDisplay(lightning.Callback):
         """A line for each validation."""
         value = self._meter.validation_bpb
         if value is not None and not trainer.sanity_checking:
-            self._console.print(f"step {trainer.global_step}: validation {value:.3f} bits per byte", highlight=False)
+            words = f"step {trainer.global_step}: validation {value:.3f} bits per byte"
+            if self._token_bytes != 1.0:
+                words += f", perplexity {float(trainer.callback_metrics['validation_perplexity']):.4g}"
+            self._console.print(words, highlight=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Closes the line."""
@@ -89,10 +94,14 @@ class ProgressDisplay(lightning.Callback):
             self._progress = None
 
     def _words(self, step: int, total: int | None) -> str:
-        words = [f"loss {self._average:.3f} ({self._average / math.log(2.0):.3f} bpb)"] if self._average else []
+        words, size, speed = [], self._token_bytes, self._meter.recent_bytes_per_second
+        if self._average:
+            # of a byte's perplexity nobody thinks
+            perplexity = "" if size == 1.0 else f", perplexity {math.exp(self._average):.4g}"
+            words.append(f"loss {self._average:.3f} ({self._average / math.log(2.0) / size:.3f} bpb{perplexity})")
         if self._meter.validation_bpb is not None:
             words.append(f"val {self._meter.validation_bpb:.3f}")
-        words.append(f"{quantity(self._meter.recent_bytes_per_second)}B/s")
+        words.append(f"{quantity(speed)}B/s" if size == 1.0 else f"{quantity(speed / size)}tokens/s")
         return "  ".join([*words, *self._rest(step, total)])
 
     def _rest(self, step: int, total: int | None) -> list[str]:
