@@ -369,12 +369,73 @@ def test_labels_out_of_range_are_named(tmp_path):
     write_parquet(path, text=["a", "b"], label=[1, -1])
     with pytest.raises(ValueError, match=r"example 1 of the test split of .* has the label -1; expected 0 to 1"):
         Text(folder=str(tmp_path)).setup()
-    write_parquet(path, words=["a"], label=[1])
-    with pytest.raises(ValueError, match=r"test-.*parquet must have the columns text, label|is damaged or no parquet"):
-        Text(folder=str(tmp_path)).setup()
     path.write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"test-00000.*\.parquet is damaged or no parquet file"):
         Text(folder=str(tmp_path)).setup()
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"words": ["a"], "label": [1]}, "has no column 'text', it has words, label"),
+        ({"text": ["a"], "mark": [1]}, "has no column 'label', it has text, mark"),
+        ({"text": ["a", None], "label": [1, 0]}, "row 1: 'text' must be text, got NoneType"),
+        ({"text": ["a", "b"], "label": [1, None]}, "row 1: 'label' must be an integer, got None"),
+        ({"text": ["a"], "label": ["pos"]}, "row 0: 'label' must be an integer, got 'pos'"),
+        # which would be cut to 0
+        ({"text": ["a"], "label": [0.5]}, "row 0: 'label' must be an integer, got 0.5"),
+    ],
+)
+def test_rows_of_parquet_that_are_no_reviews_are_named(columns, message, tmp_path):
+    write_parquet(write_reviews_as_parquet(tmp_path) / "plain_text" / "test-00000-of-00001.parquet", **columns)
+    with pytest.raises(ValueError, match=rf"test-00000-of-00001\.parquet,? {message}"):
+        Text(folder=str(tmp_path)).setup()
+
+
+def test_columns_are_found_in_any_order(tmp_path):
+    write_parquet(tmp_path / "train.parquet", label=[0, 1], more=[1, 2], text=["a", "b"])
+    write_parquet(tmp_path / "test.parquet", label=[1], text=["c"])
+    data = Text(folder=str(tmp_path), paper_split=True)
+    data.setup()
+    assert data.examples("training").labels.tolist() == [0, 1]
+
+
+def test_half_of_the_files_are_not_taken_for_all(tmp_path):
+    """What a download or an unpacking that was stopped leaves behind."""
+    write_reviews_as_parquet(tmp_path)
+    whole = tmp_path / "plain_text" / "train-00000-of-00001.parquet"
+    whole.rename(whole.with_name("train-00000-of-00003.parquet"))
+    with pytest.raises(FileNotFoundError, match=r"has 1 of the 3 files train-\*\.parquet; download it"):
+        Text(folder=str(tmp_path)).setup()
+    files = tmp_path / "files"
+    files.mkdir()
+    for path in (write_reviews_as_files(files) / "train" / "pos").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"train has no pos/\*\.txt; download it"):
+        Text(folder=str(files)).setup()
+    (files / "train" / "pos").rmdir()
+    with pytest.raises(FileNotFoundError, match=r"train has no pos/\*\.txt; download it"):
+        Text(folder=str(files)).setup()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [({"bytes": b"\x89PNG", "path": None}, "cannot be read"), (None, "cannot be read"), ((3, 4), r"is \(3, 4\), exp")],
+)
+def test_a_damaged_photograph_is_named_by_file_and_row(image, message, tmp_path):
+    from PIL import Image
+
+    write_photographs_as_parquet(tmp_path)
+    whole = io.BytesIO()
+    Image.fromarray(PHOTOGRAPHS[0]).save(whole, "png")
+    if isinstance(image, tuple):
+        file = io.BytesIO()
+        Image.fromarray(np.zeros((*image, 3), np.uint8)).save(file, "png")
+        image = {"bytes": file.getvalue(), "path": None}
+    path = tmp_path / "plain_text" / "test-00000-of-00001.parquet"
+    write_parquet(path, img=[{"bytes": whole.getvalue(), "path": None}, image], label=[0, 1])
+    with pytest.raises(ValueError, match=rf"test-00000-of-00001\.parquet, row 1: the image {message}"):
+        GreyImage(folder=str(tmp_path)).setup()
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,12 @@ def test_the_released_format_is_read(tmp_path):
     assert trees.labels.tolist() == [4, 8]
 
 
+def test_line_ends_and_a_byte_order_mark_of_another_system_are_read(tmp_path):
+    path = tmp_path / "basic_val.tsv"
+    path.write_bytes(b"\xef\xbb\xbfSource\tTarget\r\n( ( ( [MAX 3 ) 4 ) ] )\t4\r\n")
+    assert read_official(path).labels.tolist() == [4]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -223,8 +229,11 @@ def test_damaged_files_are_named_with_the_row(rows, message, tmp_path):
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="row 1: expected the header Source, Target"):
+    with pytest.raises(ValueError, match=r"row 1: expected the header Source, Target, got 'Target\\tSource'"):
         read_official(write(tmp_path / "a.tsv", header="Target\tSource"))
+    (tmp_path / "c.tsv").touch()
+    with pytest.raises(ValueError, match=r"c\.tsv, row 1: expected the header Source, Target, got 'an empty file'"):
+        read_official(tmp_path / "c.tsv")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*b\.tsv: .*lra_release\.gz"):
         read_official(tmp_path / "b.tsv")
 

@@ -133,10 +133,12 @@ def read_official(path: Path) -> Ragged:
     ids = {token: number for number, token in enumerate(TOKENS)} | {"(": -1, ")": -1}
     trees, targets = [], []
     # bytes that are no text become words that are no tokens, which are named with their row
-    with path.open(encoding="utf-8", errors="backslashreplace") as file:
+    with path.open(encoding="utf-8-sig", errors="backslashreplace") as file:
         rows = (line.rstrip("\n").split("\t") for line in file)
-        if next(rows, None) != ["Source", "Target"]:
-            raise ValueError(f"{path}, row 1: expected the header Source, Target")
+        header = next(rows, None)
+        if header != ["Source", "Target"]:
+            found = "an empty file" if header is None else "\t".join(header)[:40]
+            raise ValueError(f"{path}, row 1: expected the header Source, Target, got {found!r}")
         for number, row in enumerate(rows, start=2):
             if len(row) != 2:
                 raise ValueError(f"{path}, row {number}: expected 2 columns, source and target, got {len(row)}")

@@ -7,6 +7,7 @@ neither is there, the error says what to download and where to put it; nothing t
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,14 @@ from numpy.typing import NDArray
 from seqzoo.train.data.ragged import Ragged
 
 PAIR_COLUMNS = 5
+# folders of reviews, in the order of their labels
+KINDS = ("neg", "pos")
 # bytes of a row of CIFAR-10's binary version: the label, then 32 x 32 pixels of each colour
 CIFAR_ROW = 1 + 3 * 32 * 32
 CIFAR_FILES = [f"data_batch_{number}.bin" for number in range(1, 6)]
 CIFAR_FILES_OF_TEST = ["test_batch.bin"]
+# how a file says of how many it is one
+ONE_OF = re.compile(r".*-of-0*([1-9][0-9]*)\.parquet")
 
 
 class Source(NamedTuple):
@@ -75,6 +80,14 @@ PHOTOGRAPHS = Source(
 )
 
 
+class _Row(NamedTuple):
+    """An example as it is stored: a text or an image, its label, and file and row for messages."""
+
+    content: Any
+    label: int
+    where: str
+
+
 class _Articles(NamedTuple):
     label: int
     first: NDArray[np.uint8]
@@ -98,10 +111,10 @@ def read_reviews(folder: str | None) -> dict[str, Ragged]:
     sides = {}
     for side in ("train", "test"):
         root = None if folder is None else _existing(REVIEWS, folder)
-        if root is not None and (root / side / "pos").is_dir():
+        if root is not None and any((root / side / name).is_dir() for name in KINDS):
             rows = list(_reviews_of_folder(root / side))
         else:
-            rows = [(text.encode(), label) for text, label in _table(REVIEWS, root, side)]
+            rows = [(_text(row), row.label) for row in _table(REVIEWS, root, side)]
         sides[side] = Ragged.join([np.frombuffer(text, dtype=np.uint8) for text, _ in rows], [row[1] for row in rows])
     return sides
 
@@ -146,9 +159,9 @@ def _photographs(root: Path | None, side: str, names: Sequence[str]) -> Photogra
     if root is None or not binary:
         rows = _table(PHOTOGRAPHS, root, side)
         pixels = np.zeros((len(rows), 32, 32), dtype=np.uint8)
-        for place, (image, _) in enumerate(rows):
-            pixels[place] = _decoded(image)
-        return Photographs(pixels, np.array([label for _, label in rows], dtype=np.int64))
+        for place, row in enumerate(rows):
+            pixels[place] = _decoded(row)
+        return Photographs(pixels, np.array([row.label for row in rows], dtype=np.int64))
     if len(binary) < len(names):
         raise PHOTOGRAPHS.missing(f"{root} has {len(binary)} of the {len(names)} files {', '.join(names)}")
     values = np.concatenate([_cifar_rows(path) for path in binary])
@@ -164,9 +177,18 @@ def _existing(source: Source, folder: str) -> Path:
 
 
 def _reviews_of_folder(folder: Path) -> Iterator[tuple[bytes, int]]:
-    for name, label in (("neg", 0), ("pos", 1)):
-        for path in sorted((folder / name).glob("*.txt")):
+    for label, name in enumerate(KINDS):
+        paths = sorted((folder / name).glob("*.txt"))
+        if not paths:
+            raise REVIEWS.missing(f"{folder} has no {name}/*.txt")
+        for path in paths:
             yield path.read_bytes(), label
+
+
+def _text(row: _Row) -> bytes:
+    if not isinstance(row.content, str):
+        raise ValueError(f"{row.where}: 'text' must be text, got {type(row.content).__name__}")
+    return row.content.encode()
 
 
 def _article_rows(path: Path, longest: int) -> Iterator[_Articles]:
@@ -198,25 +220,25 @@ def _grey(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return ((colours.astype(np.int64) @ np.array([19595, 38470, 7471]) + 32768) >> 16).astype(np.uint8)
 
 
-def _decoded(image: Any) -> NDArray[np.uint8]:
+def _decoded(row: _Row) -> NDArray[np.uint8]:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(image["bytes"])) as opened:
+        with Image.open(io.BytesIO(row.content["bytes"])) as opened:
             colours = np.asarray(opened.convert("RGB"))
     except (OSError, TypeError, LookupError) as error:
-        raise ValueError(f"{PHOTOGRAPHS.name}: an image cannot be read: {error}; download the file again") from error
+        raise ValueError(f"{row.where}: the image cannot be read: {error}; download the file again") from error
     if colours.shape != (32, 32, 3):
-        raise ValueError(f"{PHOTOGRAPHS.name}: an image is {colours.shape[:2]}, expected (32, 32)")
+        raise ValueError(f"{row.where}: the image is {colours.shape[:2]}, expected (32, 32)")
     return _grey(colours)
 
 
-def _table(source: Source, root: Path | None, side: str) -> list[tuple[Any, int]]:
+def _table(source: Source, root: Path | None, side: str) -> list[_Row]:
     """The rows of a split, from parquet files below a folder or from the Hub."""
     return _parquet(source, root, side) if root is not None else _hub(source, side)
 
 
-def _parquet(source: Source, root: Path, side: str) -> list[tuple[Any, int]]:
+def _parquet(source: Source, root: Path, side: str) -> list[_Row]:
     # they come with datasets
     import pyarrow
     import pyarrow.parquet
@@ -224,28 +246,51 @@ def _parquet(source: Source, root: Path, side: str) -> list[tuple[Any, int]]:
     paths = sorted([*root.rglob(f"{side}-*.parquet"), *root.rglob(f"{side}.parquet")])
     if not paths:
         raise source.missing(f"{root} has no {side}-*.parquet")
-    rows: list[tuple[Any, int]] = []
+    for folder in {path.parent for path in paths}:
+        parts = [match for path in paths if path.parent == folder and (match := ONE_OF.fullmatch(path.name))]
+        if parts and len(parts) < int(parts[0][1]):
+            raise source.missing(f"{folder} has {len(parts)} of the {int(parts[0][1])} files {side}-*.parquet")
+    rows: list[_Row] = []
     for path in paths:
         try:
-            table = pyarrow.parquet.read_table(path, columns=list(source.columns))
+            opened = pyarrow.parquet.ParquetFile(path)
+            _check_columns(source, opened.schema_arrow.names, str(path))
+            table = opened.read(columns=list(source.columns))
         except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{path} is damaged or no parquet file: {error}") from error
-        if table.column_names != list(source.columns):
-            raise ValueError(f"{path} must have the columns {', '.join(source.columns)}, got {table.column_names}")
-        rows += zip(*(column.to_pylist() for column in table.columns), strict=True)
+            raise ValueError(f"{path} is damaged or no parquet file: {error}; download it again") from error
+        rows += _rows(source, [table[name].to_pylist() for name in source.columns], str(path))
     return rows
 
 
-def _hub(source: Source, side: str) -> list[tuple[Any, int]]:
+def _hub(source: Source, side: str) -> list[_Row]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         found: Any = datasets.load_dataset(str(source.hub_id), split=side)
-    # a missing network, a missing repository and a damaged cache raise errors of many classes below these two
-    except (OSError, ValueError) as error:
+    # a missing network, a missing repository and a damaged cache raise errors of many classes below these
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         words = str(error).partition("\n")[0]
         raise source.missing(f"the Hub did not give {source.hub_id}: {words}") from error
-    columns: Sequence[str] = source.columns
-    if columns[0] == "img":
+    where = f"{source.hub_id} {side}"
+    _check_columns(source, found.column_names, where)
+    if source.columns[0] == "img":
         found = found.cast_column("img", datasets.Image(decode=False))
-    return list(zip(*(list(found[name]) for name in columns), strict=True))
+    return _rows(source, [list(found[name]) for name in source.columns], where)
+
+
+def _check_columns(source: Source, names: Sequence[str], where: str) -> None:
+    lacking = [name for name in source.columns if name not in names]
+    if lacking:
+        raise ValueError(f"{where} has no column {lacking[0]!r}, it has {', '.join(names)}")
+
+
+def _rows(source: Source, columns: Sequence[Sequence[Any]], where: str) -> list[_Row]:
+    """The rows of two columns, with labels that are integers."""
+    rows = [
+        _Row(content, label, f"{where}, row {row}") for row, (content, label) in enumerate(zip(*columns, strict=True))
+    ]
+    for row in rows:
+        if not isinstance(row.label, int) or isinstance(row.label, bool):
+            raise ValueError(f"{row.where}: {source.columns[1]!r} must be an integer, got {row.label!r}")
+    return rows
