@@ -48,6 +48,41 @@ def test_every_diagnostic_can_be_trained_on(name):
     assert module.judge(data.test_dataloader())["examples"] == len(data.asked("test"))
 
 
+@pytest.mark.parametrize("name", sorted(set(DIAGNOSTICS) - {"mad-compression"}))
+def test_the_vocabulary_is_that_of_all_sequences(name):
+    """Few sequences need not have all ids; a model is asked for room for those of the others."""
+    few, many = (Diagnostic(name, NEEDS.get(name, {}), {}, 1, count, batch_size=1) for count in (1, 800))
+    for data in (few, many):
+        data.setup()
+    judged = many.judged["test"]
+    assert few.vocab_size == many.vocab_size
+    last = 1 + max(int(judged.ids.max()), int(judged.labels.max()))
+    assert last == many.vocab_size
+
+
+def test_the_vocabulary_has_room_for_the_test():
+    data = copying(test_options={"n_symbols": 7})
+    data.setup()
+    assert data.vocab_size == 9
+
+
+def test_what_is_judged_are_other_sequences():
+    """Validation, test and training of every run have numbers of their own."""
+    options = {"options": {"length": 40}, "test_options": {}, "validation_examples": 8, "test_examples": 8}
+    runs = [Diagnostic("parity", **options, batch_size=8, seed=seed) for seed in (0, 1, 2)]
+    for data in runs:
+        data.setup()
+    drawn = [data.judged[split].batch(np.arange(8))["x"] for data in runs[:1] for split in ("validation", "test")]
+    drawn += [batch["x"] for data in runs for batch in itertools.islice(data.train_dataloader(), 5)]
+    rows = [row.numpy().tobytes() for batch in drawn for row in batch]
+    assert len(set(rows)) == len(rows)
+    # which sequences there are the seed of the data says, and that of a run which of them train
+    other = Diagnostic("parity", **options, batch_size=8, data_seed=1)
+    other.setup()
+    for one in (other.judged["validation"].batch(np.arange(8)), next(iter(other.train_dataloader()))):
+        assert not set(rows) & {row.numpy().tobytes() for row in one["x"]}
+
+
 def test_no_sequence_of_training_comes_twice_and_none_is_judged():
     data, other = copying(batch_size=64), copying(batch_size=64, seed=1)
     for one in (data, other):
@@ -126,6 +161,17 @@ def test_the_baselines_are_counted():
         ({"options": {"length": 2}}, "length must be at least n_tokens = 4, got 2"),
         ({"test_options": {"length": 2}}, "length must be at least n_tokens = 4, got 2"),
         ({"name": "mad-compression", "options": {}}, "answers that its tokens do not have a place for"),
+        ({"options": {"length": 8.0}}, "selective-copying takes length as int, got 8.0"),
+        ({"options": {"length": "8"}}, "selective-copying takes length as int, got '8'"),
+        ({"options": {"length": True}}, "selective-copying takes length as int, got True"),
+        ({"options": {"length": None}}, "selective-copying takes length as int, got None"),
+        ({"name": "group-words", "options": {"length": 8, "group": 5}}, "takes group as str, got 5"),
+        ({"options": {"length": 8, "batch_size": 3}}, "no option 'batch_size'"),
+        ({"options": {"length": 8}, "test_options": {"seed": 3}}, "no option 'seed'"),
+        (
+            {"name": "mqar", "options": {"length": 8, "n_pairs": 1, "vocab_size": 8, "power": float("nan")}},
+            "power must be a finite number, got nan",
+        ),
         ({"test_examples": 0}, "test_examples must be a positive integer, got 0"),
         ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
     ],

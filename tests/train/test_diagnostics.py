@@ -116,12 +116,12 @@ def test_induction_heads():
     assert int(labels[:, -1].max()) == 14
 
 
-@pytest.mark.parametrize(("n_first", "n_second"), [(4, 16), (16, 4), (1, 1), (5, 5)])
+@pytest.mark.parametrize(("n_first", "n_second"), [(4, 16), (16, 4), (1, 1), (5, 5), (18, 18)])
 def test_set_disjointness(n_first, n_second):
     draw = diagnostic("set-disjointness", n_first=n_first, n_second=n_second, vocab_size=40)
     ids, labels = draw(0, 0, batch_size=200)
     assert ids.shape == (200, n_first + n_second + 3)
-    places = set()
+    places, others = set(), set()
     for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
         first, second = row[1 : 1 + n_first], row[2 + n_first : -1]
         assert (row[0], row[1 + n_first], row[-1]) == (1, 2, 3)
@@ -131,7 +131,9 @@ def test_set_disjointness(n_first, n_second):
         assert min(first + second) >= 4
         assert label[:-1] == [IGNORED] * (len(row) - 1)
         places.add(first.index(label[-1]))
+        others.add(second.index(label[-1]))
     assert places == set(range(n_first))
+    assert others == set(range(n_second))
     with pytest.raises(ValueError, match="vocab_size must be at least 44"):
         diagnostic("set-disjointness", n_first=20, n_second=2, vocab_size=43)(0, 0, batch_size=1)
 
@@ -159,7 +161,7 @@ class TestMad:
 
     def test_fuzzy_recall(self):
         ids, labels = diagnostic("mad-fuzzy-recall", length=60)(0, 0, batch_size=60)
-        asked = 0
+        asked, lengths = 0, set()
         for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
             # words end where values give way to keys, or padding begins
             seen: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -178,8 +180,10 @@ class TestMad:
                 seen[key] = value
                 place = end
                 asked += len(value) if key in seen else 0
+                lengths.add((len(key), len(value)))
             assert row[place:] == [15] * (60 - place)
         assert asked > 1000
+        assert lengths == set(itertools.product((1, 2, 3), repeat=2))
 
     def test_compression(self):
         ids, targets = diagnostic("mad-compression", length=9, vocab_size=5)(0, 0, batch_size=100)

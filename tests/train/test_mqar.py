@@ -61,6 +61,15 @@ def test_a_batch_is_the_task():
     assert often[0] > often[4] > often[18]
 
 
+@pytest.mark.parametrize("power", [0.01, 0.5])
+def test_the_gaps_follow_the_power_law(power):
+    """With one pair, the i-th slot is asked in a share of ``i ** (power - 1)``."""
+    labels = mqar(0, 0, batch_size=20_000, length=22, n_pairs=1, vocab_size=64, power=power)[1]
+    found = (labels[:, 2::2] != IGNORED).double().mean(0)
+    expected = torch.arange(1, 11, dtype=torch.float64) ** (power - 1)
+    assert torch.allclose(found, expected / expected.sum(), atol=0.012)
+
+
 def test_a_batch_depends_on_seed_and_index_alone():
     first = mqar(3, 5, batch_size=2, **TASK)[0]
     assert torch.equal(first, mqar(3, 5, batch_size=2, **TASK)[0])

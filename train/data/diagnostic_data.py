@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from seqzoo.modules.options import check_count
-from seqzoo.train.data.diagnostics import diagnostic
+from seqzoo.train.data.diagnostics import diagnostic, vocabulary
 from seqzoo.train.data.examples import Batch, Examples, fingerprint
 from seqzoo.train.data.labelled import VERBS, LabelledData
 from seqzoo.train.data.windows import IGNORED
@@ -67,6 +67,7 @@ class Diagnostic(LabelledData):
             "validation": diagnostic(name, **options),
             "test": diagnostic(name, **{**options, **test_options}),
         }
+        self._options = options, {**options, **test_options}
         words = ", ".join(f"{word} {value}" for word, value in options.items())
         longer = ", ".join(f"{word} {value}" for word, value in test_options.items())
         self.folder = f"{name} ({words}{f'; test: {longer}' if longer else ''})"
@@ -90,9 +91,9 @@ class Diagnostic(LabelledData):
             ValueError: If an option of the diagnostic is out of range.
         """
         super().setup(stage)
-        drawn = [part for one in self.judged.values() for part in (one.ids, one.labels)]
-        self.vocab_size = 1 + max(int(one.max()) for one in drawn)
-        self.longest = max(int(one.shape[1]) for one in drawn)
+        # of all that can be drawn: few sequences need not have the last id
+        self.vocab_size = max(vocabulary(self.name, **options) for options in self._options)
+        self.longest = max(one.ids.shape[1] for one in self.judged.values())
 
     def train_dataloader(self) -> Iterator[Batch]:
         """Endless batches from the step on at which the trainer stands."""

@@ -15,7 +15,7 @@ from seqzoo.train.data.mad import compression, fuzzy_recall, in_context_recall, 
 from seqzoo.train.data.mqar import mqar
 from seqzoo.train.data.selective_copying import selective_copying
 from seqzoo.train.data.set_disjointness import set_disjointness
-from seqzoo.train.data.state_tracking import cycle_navigation, group_words
+from seqzoo.train.data.state_tracking import cycle_navigation, group_words, product_table
 
 # each takes seed, index, batch_size and options of its own, and returns ids and labels, both (B, T)
 DIAGNOSTICS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -35,24 +35,48 @@ DIAGNOSTICS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "mad-memorisation": memorisation,
 }
 
+# how many ids a diagnostic's tokens and labels have, where its options do not say it as vocab_size
+SIZES: dict[Callable[..., Any], Callable[[dict[str, Any]], int]] = {
+    selective_copying: lambda options: options["n_symbols"] + 2,
+    group_words: lambda options: len(product_table(options["group"])),
+    cycle_navigation: lambda options: max(3, options["size"]),
+    in_context_recall: lambda options: options["vocab_size"] + options["n_noise"],
+}
+# what a batch is asked for with, which no option is
+OWN = ("seed", "index", "batch_size")
+
 
 def diagnostic(name: str, **options: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     """A diagnostic with options: what makes its batches from ``seed``, ``index`` and ``batch_size=``.
 
     Raises:
         ValueError: If there is no diagnostic of that name.
-        TypeError: If it has no such option, or lacks one.
+        TypeError: If it has no such option, lacks one, or has one of another type.
     """
-    if name not in DIAGNOSTICS:
-        raise ValueError(f"there is no diagnostic {name!r}; {nearest(name, DIAGNOSTICS)}")
-    known = inspect.signature(DIAGNOSTICS[name]).parameters
-    for option in options:
+    known = _options(name)
+    for option, value in options.items():
         if option not in known:
             raise TypeError(f"the diagnostic {name} has no option {option!r}; {nearest(option, known)}")
-    own = ("seed", "index", "batch_size")
-    lacking = [
-        word for word, one in known.items() if one.default is inspect.Parameter.empty and word not in (*own, *options)
-    ]
+        # annotations are text
+        kind, given = known[option].annotation, type(value).__name__
+        if given != kind and (given, kind) != ("int", "float"):
+            raise TypeError(f"the diagnostic {name} takes {option} as {kind}, got {value!r}")
+    lacking = [word for word, one in known.items() if one.default is inspect.Parameter.empty and word not in options]
     if lacking:
         raise TypeError(f"the diagnostic {name} needs {', '.join(lacking)}")
     return partial(DIAGNOSTICS[name], **options)
+
+
+def vocabulary(name: str, **options: Any) -> int:
+    """How many ids the tokens and labels of a diagnostic with these options can have."""
+    values = {word: one.default for word, one in _options(name).items()} | options
+    found = DIAGNOSTICS[name]
+    size = SIZES.get(found.func if isinstance(found, partial) else found)
+    return values["vocab_size"] if size is None else size(values)
+
+
+def _options(name: str) -> dict[str, inspect.Parameter]:
+    if name not in DIAGNOSTICS:
+        raise ValueError(f"there is no diagnostic {name!r}; {nearest(name, DIAGNOSTICS)}")
+    known = inspect.signature(DIAGNOSTICS[name]).parameters
+    return {word: one for word, one in known.items() if word not in OWN}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seqzoo.modules.options import check_number
 from seqzoo.train.data.draws import check_batch, distinct
 from seqzoo.train.data.windows import IGNORED
 
@@ -39,6 +40,7 @@ def mqar(
         ValueError: If the pairs do not fit into the length or the ids, or a number is out of range.
     """
     random = check_batch(seed, index, batch_size=batch_size, n_pairs=n_pairs)
+    check_number("power", power)
     if length % 2 or length < 4 * n_pairs:
         raise ValueError(f"length must be even and at least 4 * n_pairs = {4 * n_pairs}, got {length}")
     keys, values = vocab_size // 2 - 1, vocab_size - vocab_size // 2
