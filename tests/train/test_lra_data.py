@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from seqzoo.hub.files import WriteError
 from seqzoo.train.data import GeneratedPathfinder, GreyImage, ListOps, Retrieval, Text, listops, pathfinder
 from seqzoo.train.data.examples import EvaluationBatches, Sequences, TrainingBatches, split_by_content
 from seqzoo.train.data.ragged import Ragged
@@ -171,6 +176,52 @@ def test_shards_that_were_finished_outlive_the_process(tmp_path):
     Shards(tmp_path, {}, 4, make).complete()
     assert made == [0, 1, "killed", "killed", 2, 3]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_whole_shards_are_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    def shards(count: int) -> Shards:
+        return Shards(tmp_path / "data", {}, count, lambda number: {"values": np.full(4, number)})
+
+    shards(2).complete()
+    before, whole = Path.open, {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+
+    # the superuser, who may run the tests, can write wherever the file system can
+    def read_only(self: Path, mode: str = "r", *arguments, **options):
+        if mode[0] in "wa":
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        return before(self, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    found = shards(2)
+    found.complete()
+    assert found.load(1)["values"].tolist() == [1] * 4
+    with pytest.raises(WriteError, match=r"could not write generated data to .*values-00002\.npy: Read-only file sys"):
+        shards(3).complete()
+    assert whole == {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"could not make the folder .*file/data: Not a directory"):
+        Shards(tmp_path / "file" / "data", {}, 1, lambda number: {}).complete()
+
+
+def test_two_that_begin_together_make_each_shard_once(tmp_path):
+    """Threads stand for processes here: the lock is of an open file, of which each has its own."""
+    made = []
+
+    def make(number: int):
+        made.append(number)
+        time.sleep(0.02)
+        return {"values": np.full(4, number)}
+
+    def prepared() -> list[int]:
+        shards = Shards(tmp_path, {}, 6, make)
+        shards.complete()
+        return [int(shards.load(number)["values"][0]) for number in range(6)]
+
+    with ThreadPoolExecutor(3) as pool:
+        found = [pool.submit(prepared) for _ in range(3)]
+        assert [one.result(60) for one in found] == [list(range(6))] * 3
+    assert made == list(range(6))
 
 
 def test_other_data_in_the_folder_are_refused(tmp_path):

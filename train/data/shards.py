@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from seqzoo.hub.files import atomic_file
+from seqzoo.hub.files import WriteError, atomic_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -68,8 +69,17 @@ class Shards:
         return cls(parent / folder_name(task, of), of, count, make, verify=verify)
 
     def complete(self) -> None:
-        """Makes what is missing; what is damaged is made anew, with a warning. A second process waits for the first."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Makes what is missing; what is damaged is made anew, with a warning. A second process waits for the first.
+
+        Whole shards may lie where nothing can be written.
+
+        Raises:
+            WriteError: If something is missing and cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WriteError(error.errno, f"could not make the folder {self.folder}: {error.strerror}") from error
         with self._lock():
             self._entries = self._read()
             states = {number: self._state(number) for number in range(self.count)}
@@ -146,8 +156,16 @@ class Shards:
         except ImportError:  # Windows
             yield
             return
-        with (self.folder / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            opened = (self.folder / ".lock").open("w")
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
+                raise
+            # where nothing can be written there is nothing to wait for
+            opened = None
+        with opened or nullcontext() as file:
+            if file is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
 
