@@ -84,6 +84,13 @@ def test_what_is_not_carried(long: str):
     assert sorted(found) == kept
 
 
+def test_documents_that_are_all_too_long_are_told():
+    with pytest.raises(
+        ValueError, match=rf"all {len(LENGTHS)} documents are longer than a batch of 1 tokens, the shor"
+    ):
+        documents(long="drop", tokens=1)
+
+
 @pytest.mark.parametrize("pattern", ["min_gru", [{"name": "attention", "n_heads": 2}, "mamba"]], ids=["scan", "hybrid"])
 def test_the_loss_of_batches_is_that_of_whole_documents(pattern):
     torch.manual_seed(0)

@@ -408,6 +408,19 @@ class TestDataSets:
                     assert all(map(torch.equal, one[:3], other[:3]))
                     assert one[3:] == other[3:]
 
+    @pytest.mark.parametrize("accumulate", [1, 9])
+    def test_a_stream_knows_the_place_of_the_last_step_while_gradients_accumulate(self, tmp_path, dataset, accumulate):
+        """A run that an error ends in the middle of a step is kept as of the step before."""
+        options = {"dataset": dataset, "streaming": True, "validation_split": "validation"}
+        first, second = (corpus(tmp_path, **options) for _ in range(2))
+        for module in (first, second):
+            module.setup()
+        stand_at(first, 2, accumulate=accumulate)
+        running = iter(first.train_dataloader())
+        read = [next(running) for _ in range(3 * accumulate + 1)]
+        second.load_state_dict(first.state_dict())
+        assert torch.equal(batches(second, 1)[0], read[2 * accumulate])
+
     @pytest.mark.usefixtures("small_pieces")
     def test_windows_of_a_stream_follow_one_another(self, tmp_path, dataset):
         module = corpus(tmp_path, dataset=dataset, streaming=True, validation_split="validation")
@@ -638,6 +651,15 @@ class TestErrors:
             corpus(tmp_path, files, sizes=[20, 10], context=100).setup()
         with pytest.raises(ValueError, match="leave nothing of"):
             corpus(tmp_path, files, validation_files=files).setup()
+        more = [str(tmp_path / name) for name in ("one.dat", "none.dat")]
+        for path, text in zip(more, ("word " * 10, ""), strict=True):
+            Path(path).write_text(text)
+        for side in ("validation", "test"):
+            sides = {"validation_files": more[:1], f"{side}_files": more[1:]}
+            with pytest.raises(ValueError, match=rf"none\.dat is empty: there is nothing for {side}"):
+                corpus(tmp_path, files, **sides).setup()
+        with pytest.raises(ValueError, match=r"one\.dat is of validation_files and of test_files"):
+            corpus(tmp_path, files, validation_files=more[:1], test_files=[str(tmp_path / "on?.dat")]).setup()
 
     def test_tokens_without_a_complement_are_named(self, tmp_path):
         files = write_lines(tmp_path / "a.jsonl", stories())

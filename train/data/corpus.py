@@ -144,11 +144,11 @@ class Corpus(LanguageData):
         self._position: Position | None = None
         self._streamed: StreamedBatches | None = None
 
-    def source(self) -> str:
+    def source(self, side: str = "training") -> str:
         """Files or data set."""
         if self.dataset is None:
-            return ", ".join(self.files["training"] or [])
-        return " ".join(word for word in (self.dataset, self.subset, self.splits["training"]) if word)
+            return ", ".join(self.files[side] or self.files["training"] or [])
+        return " ".join(word for word in (self.dataset, self.subset, self.splits[side]) if word)
 
     @property
     def tokenizer_words(self) -> str:
@@ -193,7 +193,7 @@ class Corpus(LanguageData):
             sources = self._sources()
             for side, source in sources.items():
                 if source.pieces == 0:
-                    raise ValueError(f"{self.source()} is empty: there is nothing for {side}")
+                    raise ValueError(f"{self.source(side)} is empty: there is nothing for {side}")
             self.tokenizer = self._tokenizer(sources["training"])
             found = tokenised(sources["training"], self.tokenizer, self.cache, self.fraction, self.verify)
             for side in sources.keys() - {"training"}:
@@ -246,6 +246,7 @@ class Corpus(LanguageData):
             rank=rank,
             world_size=world_size,
             position=self._position,
+            remembered=4 if self.trainer is None else 3 + self.trainer.accumulate_grad_batches,
         )
         return self._streamed
 
@@ -268,7 +269,12 @@ class Corpus(LanguageData):
             }
         paths = {side: find(patterns, self.download) for side, patterns in self.files.items() if patterns}
         if self.sizes is None:
-            held = {path.resolve() for side in ("validation", "test") for path in paths.get(side, [])}
+            judged = [{path.resolve() for path in paths.get(side, [])} for side in ("validation", "test")]
+            if both := judged[0] & judged[1]:
+                raise ValueError(
+                    f"{min(both)} is of validation_files and of test_files; what chooses weights is no test"
+                )
+            held = judged[0] | judged[1]
             paths["training"] = [path for path in paths["training"] if path.resolve() not in held]
             if not paths["training"]:
                 raise ValueError(f"validation_files and test_files leave nothing of {self.source()} to train on")

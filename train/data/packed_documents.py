@@ -83,6 +83,11 @@ class PackedDocuments:
         self.sampler = {"tokens": tokens, "long": "error" if self.carries else long, "seed": seed}
         self.sampler |= {"rank": rank, "world_size": world_size}
         self.rests, self.start = rests, start
+        if not self.carries and long == "drop" and rests.min() > tokens:
+            raise ValueError(
+                f"all {lengths.size} documents are longer than a batch of {tokens} tokens, the shortest has "
+                f"{rests.min()}; make tokens greater, or choose long='truncate' or long='carry'"
+            )
         if len(PackedBatchSampler(rests, **self.sampler)) == 0:
             raise ValueError(
                 f"{lengths.size} documents fill fewer batches of {tokens} tokens than {world_size} groups of processes "

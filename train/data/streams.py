@@ -21,8 +21,6 @@ from seqzoo.train.data.windows import IGNORED, as_batch, turn
 
 # training tokens of a shard of a stream
 SHARD = 1 << 24
-# places that are remembered: Lightning reads a batch ahead of the step, and more while gradients accumulate
-REMEMBERED = 4
 
 Position = dict[str, Any]
 
@@ -149,6 +147,8 @@ class StreamedBatches:
         rank: Of this process among those that read different data.
         world_size: How many of them there are.
         position: Where to begin; None is the begin.
+        remembered: Places that :meth:`position` knows: a trainer reads a batch ahead, and a checkpoint between steps is
+            of the last one, behind which it may have read as many batches as it accumulates.
 
     Raises:
         ValueError: If documents would go on in batches of another process, or strands be chosen for packed documents.
@@ -168,6 +168,7 @@ class StreamedBatches:
         rank: int = 0,
         world_size: int = 1,
         position: Position | None = None,
+        remembered: int = 4,
     ) -> None:
         if tokens is not None and long == "carry" and world_size > 1:
             raise ValueError(
@@ -182,6 +183,7 @@ class StreamedBatches:
         self.context, self.batch_size, self.tokens, self.long = context, batch_size, tokens, long
         self.seed, self.complement = seed, complement
         self.rank, self.world_size = rank, world_size
+        self.remembered = remembered
         begin: Position = {"number": 0, "place": None, "documents": 0, "ids": torch.zeros(0, dtype=torch.int64)}
         self.begin = {**begin, "waiting": []} if position is None else position
         self.positions = {self.begin["number"]: self.begin}
@@ -210,7 +212,7 @@ class StreamedBatches:
                 "ids": torch.from_numpy(self.ids.astype(np.int64)),
                 "waiting": [(one.number, one.at, torch.from_numpy(one.ids.astype(np.int64))) for one in self.waiting],
             }
-            self.positions.pop(number - REMEMBERED, None)
+            self.positions.pop(number - self.remembered, None)
             yield batches[self.rank]
 
     def _more(self) -> list[NDArray[Any]]:
