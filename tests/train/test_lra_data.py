@@ -328,6 +328,21 @@ def test_reviews(write, tmp_path):
     assert rows(paper, "validation") == rows(paper, "test")
 
 
+@pytest.mark.parametrize(
+    ("kind", "write"), [(Text, write_reviews_as_files), (GreyImage, lambda path: write_photographs_as_binary(path))]
+)
+def test_another_seed_holds_out_others(kind, write, tmp_path):
+    folder = str(write(tmp_path))
+    held = []
+    for seed in (42, 42, 43):
+        data = kind(folder=folder, validation_fraction=0.3, validation_seed=seed)
+        data.setup()
+        held.append(rows(data, "validation"))
+        assert not set(held[-1]) & set(rows(data, "training"))
+    assert held[0] == held[1]
+    assert set(held[0]) != set(held[2])
+
+
 def write_articles(folder, **lines):
     for split in ("train", "eval", "test"):
         text = lines.get(split, f'1.0\t7\t8\t"{split} a\tb\n0\t1\t2\tc\t\n')

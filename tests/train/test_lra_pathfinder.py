@@ -58,6 +58,15 @@ def test_images_are_the_same_for_ever():
     assert hashlib.blake2b(b"".join(part.tobytes() for part in parts)).hexdigest()[:16] == "5593059cde3e6d54"
 
 
+@pytest.mark.parametrize(
+    ("size", "digest"), [(64, "e5e661d12d52e952"), (128, "6eb26958d470e99c"), (256, "2c6869def59c54dc")]
+)
+def test_larger_images_are_the_same_for_ever(size, digest):
+    """Of Path-X, whose margins are drawn, as many as have both."""
+    found = draw(0, 0, 6, size, drawing(size, contour_length=6))
+    assert hashlib.blake2b(found.pixels.tobytes() + found.marks.tobytes()).hexdigest()[:16] == digest
+
+
 def test_an_image_depends_on_seed_and_index_alone(images):
     later = draw(0, 700, 3, 32)
     assert np.array_equal(later.pixels, images.pixels[700:703])
