@@ -230,6 +230,24 @@ class TestCache:
         assert len(digests) == 5
         assert len(list((tmp_path / "cache").iterdir())) == 5
 
+    def test_contents_and_tokenizers_of_one_size_are_told_apart(self, tmp_path):
+        files = write_lines(tmp_path / "a.jsonl", stories())
+        folders = tmp_path / "cache"
+        for count, more in enumerate("öü", start=1):
+            folder = tmp_path / more
+            folder.mkdir()
+            characters([*stories(), more]).save(folder)
+            corpus(tmp_path, files, tokenizer=str(folder)).setup()
+            assert len(list(folders.iterdir())) == count
+        first = corpus(tmp_path, files)
+        first.setup()
+        write_lines(tmp_path / "a.jsonl", [story.swapcase() for story in stories()])
+        second = corpus(tmp_path, files)
+        second.setup()
+        assert sorted(map(bytes, read(second) + read(second, "validation"))) == sorted(
+            story.swapcase().encode() for story in stories()
+        )
+
     @pytest.mark.usefixtures("small_pieces")
     def test_what_was_interrupted_goes_on_with_the_next_shard(self, tmp_path, bpe, monkeypatch):
         files = write_lines(tmp_path / "a.jsonl", stories())
@@ -446,6 +464,26 @@ class TestDataSets:
                 assert labels[:-1].tolist() == batch.ids[0, part][1:].tolist()
                 assert (labels[-1] == -100) == (not batch.goes_on[index])
         assert [found[index].decode() for index in range(40)] == stories()
+
+    @pytest.mark.parametrize(
+        ("texts", "options", "words"),
+        [
+            (None, {"tokens": 8, "long": "drop"}, "every document is too short, or longer than data.tokens 8"),
+            (["a", ""] * 9, {"tokens": 8, "long": "truncate"}, "every document is too short$"),
+            ([""] * 9, {}, "every document is too short$"),
+        ],
+    )
+    def test_a_stream_of_which_no_batch_can_be_made_is_told(self, tmp_path, dataset, texts, options, words):
+        """And not read again and again."""
+        if texts is not None:
+            (tmp_path / "rows").mkdir()
+            write_lines(tmp_path / "rows" / "train.jsonl", texts)
+            write_lines(tmp_path / "rows" / "validation.jsonl", ["one two"])
+            dataset = str(tmp_path / "rows")
+        module = corpus(tmp_path, dataset=dataset, streaming=True, validation_split="validation", **options)
+        module.setup()
+        with pytest.raises(ValueError, match=words):
+            batches(module, 1)
 
     def test_groups_of_processes_take_the_batches_of_a_stream_in_turn(self, tmp_path, dataset):
         options = {"dataset": dataset, "streaming": True, "validation_split": "validation"}

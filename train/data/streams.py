@@ -199,6 +199,8 @@ class StreamedBatches:
         self.ids: NDArray[Any] = begin["ids"].numpy()
         self.waiting = [_Document(document, at, ids.numpy()) for document, at, ids in begin["waiting"]]
         self.documents = self.stream.documents(self.place)
+        # whether anything was read of the stream that batches can hold, since it was last at its begin
+        self.useful = True
         while True:
             batches = [
                 self._window(number * self.world_size + rank) if self.tokens is None else self._pack(self.tokens)
@@ -216,15 +218,27 @@ class StreamedBatches:
             yield batches[self.rank]
 
     def _more(self) -> list[NDArray[Any]]:
-        """The tokens of some documents, of the begin again behind the end."""
+        """The tokens of some documents, of the begin again behind the end.
+
+        Raises:
+            ValueError: If the stream has nothing that a batch can hold.
+        """
         some = _some(self.documents, PART >> 2)
         if not some:
+            if not self.useful:
+                why = (
+                    "" if self.long != "drop" or self.tokens is None else f", or longer than data.tokens {self.tokens}"
+                )
+                raise ValueError(f"{self.stream.name} has nothing to train on: every document is too short{why}")
+            self.useful = False
             self.documents = self.stream.documents()
             some = _some(self.documents, PART >> 2)
         if not some:
             raise ValueError(f"{self.stream.name} is empty: there is nothing to train on")
         self.place = self.stream.state()
-        return [ids for _, ids in encoded(some, self.tokenizer)]
+        found = [ids for _, ids in encoded(some, self.tokenizer)]
+        self.useful = self.useful or (self.tokens is None and any(ids.size for ids in found))
+        return found
 
     def _window(self, number: int) -> Tensor:
         used = self.batch_size * self.context
@@ -281,3 +295,4 @@ class StreamedBatches:
             if ids.size > 1 and not (ids.size > tokens and self.long == "drop"):
                 kept = ids if self.long == "carry" else ids[:tokens]
                 self.waiting.append(_Document(self.count - 1, 0, kept))
+                self.useful = True
