@@ -141,6 +141,15 @@ class TestTokens:
         assert len(ids.parts) > 1 or kind == "jsonl.gz", "the data fill several shards"
         assert ids.dtype == dtype_of(tokenizer.vocab_size) == np.uint16
 
+    @pytest.mark.parametrize("size", range(1, 14))
+    @pytest.mark.parametrize("end", ["é", "€", "😀", "€\n"])
+    def test_no_character_is_cut_at_the_end(self, tmp_path, monkeypatch, size, end):
+        monkeypatch.setattr(texts, "PART", 8)
+        text = "a" * size + end
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+        source = Files([tmp_path / "a.txt"])
+        assert "".join(part.text.decode() for part in source.parts(0)) == text
+
     @pytest.mark.usefixtures("small_pieces")
     def test_a_long_text_is_cut_between_characters_and_put_together(self, tmp_path):
         text = "".join(stories()) + "é€😀" * 300

@@ -281,8 +281,9 @@ def _cut(file: IO[bytes], place: int, first: int, last: int) -> int:
     after = file.read(min(LINE, last - place + 1))
     end = after.find(b"\n")
     if end < 0:
-        # continuation bytes of UTF-8, of which a character has three at most
-        end = next((index for index in range(min(4, len(after) - 1)) if after[index + 1] & 0xC0 != 0x80), 0)
+        # continuation bytes of UTF-8, of which a character has three at most; the last one's may end the text
+        rest = after[1:5] + b" "
+        end = next((index for index in range(min(4, len(rest))) if rest[index] & 0xC0 != 0x80), 0)
     return place + end
 
 
