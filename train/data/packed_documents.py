@@ -27,8 +27,8 @@ class PackedBatch(NamedTuple):
         labels: Alike: each token's successor in its document, -100 at the last of a document.
         cu_seqlens: int32, the boundaries.
         documents: Which document each sequence is of.
-        continues: Of each, whether it goes on from the batch before.
-        goes_on: Of each, whether the next batch goes on with it.
+        continues: Of each, whether it goes on from a batch before.
+        goes_on: Of each, whether a batch to come goes on with it.
         capacity: Tokens that a full batch has.
     """
 
