@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -45,6 +46,20 @@ def test_the_table_is_the_registry():
     found = re.search(r"<!-- zoo: seqzoo list --markdown -->\n(.*?)\n?<!-- /zoo -->", README, flags=re.DOTALL)
     assert found is not None
     assert found.group(1) == zoo.markdown(), "README.md's table is not what `seqzoo list --markdown` prints"
+
+
+def test_the_signature_is_that_of_the_results():
+    pytest.importorskip("lightning")
+    from seqzoo.eval import signature
+
+    path = Path(__file__).parent / "benchmarks/results/signature/signature.jsonl"
+    results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    cells = {(name, task) for name, row in signature.ROWS.items() for task in row.expected}
+    assert sorted((one["row"], one["task"], one["seed"]) for one in results) == sorted(
+        (*cell, seed) for cell in cells for seed in range(signature.SEEDS)
+    )
+    assert f"<!-- signature -->\n{signature.medians(results)}<!-- /signature -->" in README
+    assert signature.markdown(results) == path.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_every_command_is_described_and_every_described_one_exists():

@@ -12,8 +12,8 @@ pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 
 from seqzoo.cli import main
-from seqzoo.eval.brief import accuracy
-from seqzoo.eval.signature import ROWS, TASKS, LongShortTermMemory, build, holds, markdown, run
+from seqzoo.eval.brief import RATE, accuracy
+from seqzoo.eval.signature import ROWS, TASKS, LongShortTermMemory, build, holds, markdown, medians, run
 from seqzoo.train.data.windows import IGNORED
 
 
@@ -50,8 +50,14 @@ def test_the_lstm_hands_its_state_on():
 def test_the_table():
     cell = {"row": "minGRU", "task": "parity", "seconds": 60.0}
     text = markdown([{**cell, "accuracy": value} for value in (0.5, 0.6, 0.75)])
-    assert "| minGRU |  |  |  | 0.600 (0.50 to 0.75; <= 0.7: **1 of 3 fail**) |" in text
+    assert "| minGRU |  |  |  | 0.600 (0.50 to 0.75; <= 0.7: holds, 1 of 3 miss it) |" in text
     assert "3 runs, 3 minutes" in text
+    text = markdown([{**cell, "accuracy": value} for value in (0.5, 0.71, 0.75)])
+    assert "| minGRU |  |  |  | 0.710 (0.50 to 0.75; <= 0.7: **fails**, 2 of 3 miss it) |" in text
+    short = medians([{**cell, "accuracy": 0.5}, {**cell, "task": "copying", "accuracy": 0.994}])
+    assert short.splitlines()[0] == "| | digits | copying | recall | parity |"
+    # what has to be solved is bold
+    assert "| minGRU |  | **0.99** |  | 0.50 |" in short.splitlines()
     assert [holds((sign, 0.5), value) for sign in (">=", "<=") for value in (0.4, 0.5, 0.6)] == [
         *(False, True, True),
         *(True, True, False),
@@ -76,13 +82,34 @@ def test_the_command_does_what_is_missing(tmp_path: Path, capsys):
     kept = json.loads((tmp_path / "LSTM-parity-0.json").read_text())
     (tmp_path / "LSTM-parity-0.json").write_text(json.dumps({**kept, "accuracy": 1.0}))
     capsys.readouterr()
-    main([*arguments, "--seeds", "1"])
+    assert main([*arguments, "--seeds", "1"]) == 1
     printed = capsys.readouterr().out
     # one more run, and the one that was there
     assert printed.count('"row"') == 1
     table = (tmp_path / "signature.md").read_text()
+    results = [json.loads(line) for line in (tmp_path / "signature.jsonl").read_text().splitlines()]
+    assert [one["seed"] for one in results] == [0, 1, 0]
+    assert markdown(results) == table
     assert table in printed
     assert "to 1.00" in table
+    for name in ("LSTM-parity-1", "LSTM-recall-0"):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "accuracy": 1.0 if "parity" in name else 0.1}))
+    assert main([*arguments, "--seeds", "1"]) == 0
+
+
+def test_a_row_has_its_own_steps_and_rate(monkeypatch):
+    given = {}
+
+    def train(model, draw, steps, *, rate, learned):
+        given[rate] = steps
+        return steps
+
+    monkeypatch.setattr("seqzoo.eval.signature.train_briefly", train)
+    assert run("LSTM", "parity", 0)["steps"] == 2000
+    assert run("minGRU", "parity", 0)["steps"] == TASKS["parity"].steps == 1500
+    assert given == {2e-2: 2000, RATE: 1500}
+    assert run("LSTM", "parity", 0, steps=3)["steps"] == 3
 
 
 @pytest.mark.parametrize(
