@@ -3,13 +3,16 @@
 Two launches forward: the triangular systems of all chunks, then the walks through the sequences, which write the
 outputs too, so that no state is stored between chunks. Four backward: the systems, the walks in both directions side by
 side, the gradients inside the chunks, those of q, k and the decay; one more adds up shares where several heads read a
-group or several programs hold the keys of a scalar decay. The kernels accumulate in float32. Float64, which devices
-leave to the chunked implementation and which reaches this one under the interpreter only, goes there too.
+group or several programs hold the keys of a scalar decay. Where the walks are few and long they are cut
+(:func:`segment_length`), which takes two launches more each way: all segments are summarised, then the summaries
+composed to what enters the segments, from where these walk side by side. The kernels accumulate in float32. Float64,
+which devices leave to the chunked implementation and which reaches this one under the interpreter only, goes there too.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,12 +22,15 @@ from torch import Tensor
 from seqzoo.kernels.checks import accumulator
 from seqzoo.kernels.delta_rule import chunked
 from seqzoo.kernels.delta_rule.gpu_kernels import (
+    compose_kernel,
     gradients_kernel,
     pairs_kernel,
     states_kernel,
+    summaries_kernel,
     systems_kernel,
 )
-from seqzoo.kernels.launch import Example, Launch, properties, run
+from seqzoo.kernels.launch import Device, Example, Launch, properties, run
+from seqzoo.kernels.linear_attention.gpu import forced_segment
 from seqzoo.kernels.linear_attention.gpu_kernels import shares_kernel
 
 # tokens of a chunk, as in the kernels
@@ -33,6 +39,38 @@ SUB = 16
 ROWS, SHORT_ROWS = 64, 32
 # values of a program that walks through a sequence
 VALUES = 16
+# programs a processor that walk side by side about as fast as one alone: each mostly waits for its own products
+FILLED = 2
+# tokens of a segment: a shorter walk does not outlast the launches
+SHORTEST = 8 * ROWS
+# times by which a walk has to become shorter
+WORTH = 1.5
+
+
+def segment_length(walks: int, summaries: int, total: int, size: int, device: Device) -> int:
+    """The rule for (device, shape): tokens of a segment, a multiple of ROWS; beyond any sequence where none is cut.
+
+    A walk takes its steps one after another, a chunk each, and programs beside it cost nothing until they fill the
+    device. So there are at most as many segments as fill it with their walks, and n of them take, in n-ths of the whole
+    walk's time: 1 for the walks; ``summaries / walks`` for the summaries, which are more programs, since a transition
+    has a column for every key; 1 for their composition. That goes from segment to segment by products of the transition
+    with the state, K / 16 times what a chunk of 16 tokens multiplies, and takes no longer than a walk through one
+    segment as long as ``n K <= T / n``.
+
+    Args:
+        walks: Programs that walk where nothing is cut; of packed sequences those of one, which may hold nearly every
+            token.
+        summaries: Programs that would summarise one segment of each of these.
+        total: T.
+        size: K.
+        device: What it is for.
+    """
+    if walks * size == 0:
+        return total + 1
+    segments = min(FILLED * device.processors // walks, math.isqrt(total // size), total // SHORTEST)
+    if segments < WORTH * (2 + summaries / walks):
+        return total + 1
+    return -(-total // (segments * ROWS)) * ROWS
 
 
 def _block(size: int, most: int) -> int:
@@ -76,6 +114,27 @@ class Call(NamedTuple):
         """Tokens from one kept state to the next."""
         return ROWS if self.kept == torch.bfloat16 else SHORT_ROWS
 
+    @property
+    def columns(self) -> int:
+        """Programs that hold a head's state, each VALUES columns of it."""
+        return -(-self.v.shape[3] // VALUES)
+
+    @property
+    def summary_columns(self) -> int:
+        """Programs that hold a head's state and behind it the transition."""
+        return -(-(self.v.shape[3] + self.q.shape[3]) // VALUES)
+
+    def segment(self, directions: int) -> int:
+        """Tokens of a segment with the walks in one direction or in both, beyond any sequence where none is cut."""
+        batch, total, heads, _ = self.v.shape
+        forced = forced_segment()
+        if forced is not None:
+            return forced if total > forced else total + 1
+        heads *= batch if self.cu_seqlens is None else 1
+        walks = heads * self.columns * directions
+        summaries = walks + heads * (self.summary_columns - self.columns)
+        return segment_length(walks, summaries, total, self.q.shape[3], properties(self.q.device))
+
     def slots(self, tokens: int) -> int:
         """Stretches of so many tokens that may exist."""
         batch, total = self.q.shape[:2]
@@ -117,38 +176,89 @@ def _systems(call: Call, scores: Tensor, solve: Tensor, solve_back: Tensor | Non
     return Launch(systems_kernel, grid, arguments, reads, (scores, solve, solve_back), num_warps=threads)
 
 
-def _states(call: Call, backward: bool, **tensors: Tensor | None) -> Launch:
-    """The launch that walks through the sequences, in both directions if ``backward``.
-
-    Args:
-        call: The inputs.
-        backward: Which pass it is part of.
-        tensors: What the kernel reads and writes beside the inputs, by the names of its pointers without ``p_``.
-    """
+def _walks(call: Call, segment: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """The arguments and the options of all launches whose programs hold a head's state of VALUES columns."""
     size = call.q.shape[3]
     # the state of 16 values is spread over warps by keys, 32 each; of more values every warp would hold all keys
     keys, threads = _block(size, 32 if size <= 128 else 64), _block(size, 256)
-    read = ("grad_o", "scores", "solve", "solve_back", "initial", "grad_final")
-    written = ("o", "w", "z", "grad_v", "states", "grad_states", "final", "grad_initial")
     arguments = {
         **call.common(),
-        **{f"p_{name}": tensors.get(name) for name in read + written},
         "p_v": call.v,
         "V": call.v.shape[3],
         "scale": call.scale,
-        # beyond any sequence: a slot is one
-        "segment": call.q.shape[1] + 1,
-        "ROWS": call.stretch,
+        "segment": segment,
         "BK": keys,
         "PARTS": -(-size // keys),
         "BV": VALUES,
     }
+    return arguments, {"num_warps": max(threads // properties(call.q.device).warp, 1)}
+
+
+def _states(call: Call, backward: bool, **tensors: Tensor | None) -> list[Launch]:
+    """The launches that walk through the sequences, in both directions if ``backward``.
+
+    Args:
+        call: The inputs.
+        backward: Which pass they are part of.
+        tensors: What the kernels read and write beside the inputs, by the names of their pointers without ``p_``.
+    """
+    directions = 2 if backward else 1
+    segment = call.segment(directions)
+    cut = call.q.shape[1] > segment
+    launches = []
+    if cut:
+        entering, launches = _entering(call, segment, backward, tensors)
+        tensors |= entering
+    read = ("grad_o", "scores", "solve", "solve_back", "initial", "grad_final")
+    written = ("o", "w", "z", "grad_v", "states", "grad_states", "final", "grad_initial")
+    arguments, options = _walks(call, segment)
+    arguments |= {f"p_{name}": tensors.get(name) for name in read + written}
+    arguments |= {"CUT": cut, "ROWS": call.stretch}
     reads = (call.q, call.k, call.v, call.log_decay, call.beta, *(tensors.get(name) for name in read))
     writes = tuple(tensors.get(name) for name in written)
-    grid = (call.rows * call.v.shape[2] * -(-call.v.shape[3] // VALUES), 2 if backward else 1)
-    return Launch(
-        states_kernel, grid, arguments, reads, writes, num_warps=max(threads // properties(call.q.device).warp, 1)
-    )
+    slots = call.slots(segment) if cut else call.rows
+    grid = (slots * call.v.shape[2] * call.columns, directions)
+    return [*launches, Launch(states_kernel, grid, arguments, reads, writes, **options)]
+
+
+def _entering(
+    call: Call, segment: int, backward: bool, tensors: dict[str, Tensor | None]
+) -> tuple[dict[str, Tensor], list[Launch]]:
+    """What enters the segments, unwritten, in place of what enters the sequences, and the launches that write it.
+
+    Args:
+        call: The inputs.
+        segment: Tokens of a segment.
+        backward: Whether gradients enter too, from behind.
+        tensors: What walks read, as in :func:`_states`.
+    """
+    heads, size, values = call.v.shape[2], call.q.shape[3], call.v.shape[3]
+    directions, slots = 2 if backward else 1, call.slots(segment)
+    summaries = call.q.new_empty((slots, heads, size, values + size), dtype=torch.float32)
+    grad_summaries = call.matrices(slots, torch.float32) if backward else None
+    entering = {name: call.matrices(slots, torch.float32) for name in ("initial", "grad_final")[:directions]}
+    walks, options = _walks(call, segment)
+    found = {"p_summaries": summaries, "p_grad_summaries": grad_summaries}
+    systems = {name: tensors.get(name) for name in ("grad_o", "scores", "solve", "solve_back")}
+    arguments = {**walks, **{f"p_{name}": tensor for name, tensor in systems.items()}, **found}
+    # no outputs, no queries
+    queried = (call.q, *systems.values()) if backward else (systems["solve"],)
+    reads = (call.k, call.v, call.log_decay, call.beta, *queried)
+    grid = (slots * heads * call.summary_columns, directions)
+    summarise = Launch(summaries_kernel, grid, arguments, reads, (summaries, grad_summaries), **options)
+    names = ("p_cu", "T", "S", "H", "K", "V", "segment", "BK", "PARTS", "BV")
+    given = (tensors.get("initial"), tensors.get("grad_final"))
+    arguments = {
+        **{name: walks[name] for name in names},
+        **found,
+        "p_initial": given[0],
+        "p_grad_final": given[1],
+        "p_entering": entering["initial"],
+        "p_grad_entering": entering.get("grad_final"),
+    }
+    grid = (slots * heads * call.columns, directions)
+    reads = (summaries, grad_summaries, *given)
+    return entering, [summarise, Launch(compose_kernel, grid, arguments, reads, tuple(entering.values()), **options)]
 
 
 def plan_forward(call: Call, initial_state: Tensor | None) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
@@ -157,7 +267,7 @@ def plan_forward(call: Call, initial_state: Tensor | None) -> tuple[tuple[Tensor
     scores, solve = call.squares(), call.squares()
     launches = [
         _systems(call, scores, solve, None),
-        _states(call, False, scores=scores, solve=solve, initial=initial_state, o=o, final=final_state),
+        *_states(call, False, scores=scores, solve=solve, initial=initial_state, o=o, final=final_state),
     ]
     return (o, final_state), launches
 
@@ -177,7 +287,7 @@ def plan_backward(
     states, grad_states = (call.matrices(call.slots(call.stretch), call.kept) for _ in range(2))
     launches = [
         _systems(call, scores, solve, solve_back),
-        _states(
+        *_states(
             call, True, grad_o=grad_o, scores=scores, solve=solve, solve_back=solve_back, initial=initial_state,
             grad_final=grad_final_state, w=w, z=z, grad_v=grad_v, states=states, grad_states=grad_states,
             grad_initial=grad_state,
@@ -338,6 +448,7 @@ def examples(exhaustive: bool) -> Iterator[Example]:
         yield from example("bfloat16, decay float32", "token", (half, full), (16, 32, 128, 128), False, False)
         yield from example("bfloat16", "none", (half, half), (16, 16, 128, 128), True, True)
         yield from example("bfloat16, decay float32", "key", (half, full), (16, 16, 128, 128), True, True)
+        yield from example("bfloat16, decay float32", "key", (half, full), (2, 2, 128, 128), True, True)
         return
     kinds = {
         "bfloat16": (half, half),
@@ -345,5 +456,7 @@ def examples(exhaustive: bool) -> Iterator[Example]:
         "float16": (torch.float16, torch.float16),
         "float32": (full, full),
     }
-    for kind, decay, size, packed in itertools.product(kinds, ("none", "token", "key"), (16, 256), (False, True)):
-        yield from example(kind, decay, kinds[kind], (2, 8, size, size), packed, packed)
+    # many heads, and few, whose walks are cut where that is worth the columns of the transition
+    sizes = ((2, 128, 16, 16), (2, 8, 256, 256), (1, 2, 16, 16), (1, 2, 256, 128))
+    for kind, decay, size, packed in itertools.product(kinds, ("none", "token", "key"), sizes, (False, True)):
+        yield from example(kind, decay, kinds[kind], size, packed, packed)

@@ -13,6 +13,10 @@ product of matrices allows: the tokens of a longer one write larger terms that c
 what those round. A program walks with a few values of the state and all its keys, transposed and in parts, so that the
 products of a part pass through the registers one after another. The backward pass keeps a state every ROWS tokens, and
 the gradients start from there.
+
+Where these programs are few, sequences are cut into segments that walk side by side. A segment takes the state S to
+``M S + L`` and the gradient dS back to ``M^T dS + dL``; without values the walk takes the identity to M, from zero it
+finds L and dL. A launch finds these of all segments, the next composes them to the states that enter the segments.
 """
 
 # Triton takes a condition on constants and one on values apart; a kernel is one function however long
@@ -136,6 +140,16 @@ def load_states_across(p, at, K, V, o_v, BK: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def identity_across(o_v, K, BK: tl.constexpr, PARTS: tl.constexpr):
+    """What :func:`load_states_across` makes of columns ``o_v`` of the identity, zero where it has none."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        o_k = part * BK + tl.arange(0, BK)
+        parts = parts + (tl.where((o_v[:, None] == o_k[None, :]) & (o_k < K)[None, :], 1.0, 0.0),)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
 def store_states_across(p, at, K, V, o_v, parts, BK: tl.constexpr, PARTS: tl.constexpr):
     """Writes what :func:`load_states_across` reads."""
     for part in tl.static_range(PARTS):
@@ -171,20 +185,42 @@ def key_whole(p_log, row, stride, o_c, tokens, o_k, K):
 
 
 @triton.jit
+def narrow(i_g, n_segments, start, n, chunk, segment, SUMMARY: tl.constexpr, ROWS: tl.constexpr):
+    """First row, tokens and first kept state of a segment, from those of its sequence.
+
+    No segment, no tokens; nor has a sequence's only one any for its SUMMARY, which nothing would read.
+    """
+    n = tl.minimum(n - i_g * segment, segment)
+    if SUMMARY:
+        n = tl.where(n_segments > 1, n, 0)
+    return start + i_g * segment, n, chunk + i_g * (segment // ROWS)
+
+
+@triton.jit
 def walk(
     p_q, p_k, p_v, p_log, p_beta, p_scores, p_solve, p_initial, p_o, p_w, p_states, p_final, slot, i_h, o_v, p_cu,
     T, S, G, H, K, V, scale, segment,
-    DECAY: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, SUMMARY: tl.constexpr, CUT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Takes some columns of a head's state through a sequence; writes o, w, the states to keep, unless None."""
+    """Takes some columns of a head's state through a sequence; writes o, w, the states to keep, unless None.
+
+    CUT: through a segment of it, from the state that ``p_initial`` has for the segment. SUMMARY: from nothing, of V
+    columns and behind them the K of the transition, which ``p_final`` takes for every segment.
+    """
     KIND: tl.constexpr = p_q.dtype.element_ty
-    i_s, _, _, start, n, chunk, _ = locate(slot, p_cu, T, S, segment, ROWS)
+    i_s, i_g, n_segments, start, n, chunk, _ = locate(slot, p_cu, T, S, segment, ROWS)
+    if CUT:
+        start, n, chunk = narrow(i_g, n_segments, start, n, chunk, segment, SUMMARY, ROWS)
     o_c = tl.arange(0, SUB)
     p_q += i_h // (H // G) * K
     p_k += i_h // (H // G) * K
     if DECAY == "key":
         p_log += i_h * K
-    x = load_states_across(p_initial, i_s.to(tl.int64) * H + i_h, K, V, o_v, BK, PARTS)
+    if SUMMARY:
+        x = identity_across(o_v - V, K, BK, PARTS)
+    else:
+        x = load_states_across(p_initial, (slot if CUT else i_s).to(tl.int64) * H + i_h, K, V, o_v, BK, PARTS)
     for i_c in tl.range(0, tl.cdiv(n, SUB), disable_licm=True):
         row = start + i_c * SUB
         m = tl.minimum(n - i_c * SUB, SUB)
@@ -233,32 +269,43 @@ def walk(
                 left = x[part]
             after = after + (product(u, key, left, KIND, True),)  # noqa: RUF005
         x = after
-    if p_final is not None:
-        store_states_across(p_final, i_s.to(tl.int64) * H + i_h, K, V, o_v, x, BK, PARTS)
+    if SUMMARY:
+        store_states_across(p_final, slot.to(tl.int64) * H + i_h, K, V + K, o_v, x, BK, PARTS)
+    elif p_final is not None:
+        o_end = tl.where(i_g == n_segments - 1, o_v, V) if CUT else o_v
+        store_states_across(p_final, i_s.to(tl.int64) * H + i_h, K, V, o_end, x, BK, PARTS)
 
 
 @triton.jit
 def walk_back(
     p_q, p_k, p_grad_o, p_log, p_beta, p_scores, p_solve, p_grad_final, p_z, p_grad_v, p_grad_states, p_grad_initial,
     slot, i_h, o_v, p_cu, T, S, G, H, K, V, scale, segment,
-    DECAY: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, SUMMARY: tl.constexpr, CUT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Takes some columns of the gradient of a head's state back through a sequence; writes z, grad_v, some of them."""
+    """Takes some columns of the gradient of a head's state back through a sequence; writes z, grad_v, some of them.
+
+    CUT and SUMMARY: as in :func:`walk`, with ``p_grad_final`` and ``p_grad_initial``; without a transition, and of z,
+    grad_v and the gradients nothing is written.
+    """
     KIND: tl.constexpr = p_q.dtype.element_ty
-    i_s, _, _, start, n, chunk, _ = locate(slot, p_cu, T, S, segment, ROWS)
+    i_s, i_g, n_segments, start, n, chunk, _ = locate(slot, p_cu, T, S, segment, ROWS)
+    if CUT:
+        start, n, chunk = narrow(i_g, n_segments, start, n, chunk, segment, SUMMARY, ROWS)
     o_c = tl.arange(0, SUB)
     p_q += i_h // (H // G) * K
     p_k += i_h // (H // G) * K
     if DECAY == "key":
         p_log += i_h * K
-    x = load_states_across(p_grad_final, i_s.to(tl.int64) * H + i_h, K, V, o_v, BK, PARTS)
+    x = load_states_across(p_grad_final, (slot if CUT else i_s).to(tl.int64) * H + i_h, K, V, o_v, BK, PARTS)
     n_chunks = tl.cdiv(n, SUB)
     for i in tl.range(0, n_chunks, disable_licm=True):
         i_c = n_chunks - 1 - i
         row = start + i_c * SUB
         m = tl.minimum(n - i_c * SUB, SUB)
-        if (i == 0) | ((i_c + 1) * SUB % ROWS == 0):
-            store_states_across(p_grad_states, (chunk + i_c * SUB // ROWS) * H + i_h, K, V, o_v, x, BK, PARTS)
+        if not SUMMARY:
+            if (i == 0) | ((i_c + 1) * SUB % ROWS == 0):
+                store_states_across(p_grad_states, (chunk + i_c * SUB // ROWS) * H + i_h, K, V, o_v, x, BK, PARTS)
         grad_u = tl.zeros((BV, SUB), tl.float32)
         for part in tl.static_range(PARTS):
             o_k = part * BK + tl.arange(0, BK)
@@ -274,8 +321,9 @@ def walk_back(
         solve = load_square(p_solve, row, H, i_h, o_c, m, False)
         z = product(grad_u, solve, tl.zeros((BV, SUB), tl.float32), KIND, True)
         grad_v = z * load_beta(p_beta, row, H, i_h, o_c, m)[None, :]
-        store_across(p_z + i_h * V, row, H * V, o_c, m, o_v, V, z)
-        store_across(p_grad_v + i_h * V, row, H * V, o_c, m, o_v, V, grad_v)
+        if not SUMMARY:
+            store_across(p_z + i_h * V, row, H * V, o_c, m, o_v, V, z)
+            store_across(p_grad_v + i_h * V, row, H * V, o_c, m, o_v, V, grad_v)
         given = grad_o.to(tl.float32) * scale
         if DECAY == "token":
             until, total = log_until(p_log, row, H, i_h, o_c, m, DECAY, False)
@@ -298,17 +346,122 @@ def walk_back(
             left = product(given, q, left, KIND, True)
             before = before + (product(-grad_v, key, left, KIND, True),)  # noqa: RUF005
         x = before
-    store_states_across(p_grad_initial, i_s.to(tl.int64) * H + i_h, K, V, o_v, x, BK, PARTS)
+    o_end = tl.where(i_g == 0, o_v, V) if CUT and not SUMMARY else o_v
+    at = slot if SUMMARY else i_s
+    store_states_across(p_grad_initial, at.to(tl.int64) * H + i_h, K, V, o_end, x, BK, PARTS)
+
+
+@triton.jit(do_not_specialize=["T", "S", "segment"])
+def summaries_kernel(
+    p_q, p_k, p_v, p_log, p_beta, p_grad_o, p_scores, p_solve, p_solve_back, p_summaries, p_grad_summaries, p_cu,
+    T, S, G, H, K, V, scale, segment,
+    DECAY: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Writes BV columns of ``(L, M)`` of a segment of a head and, in the grid's second row, of dL.
+
+    Of sequences of one segment it writes nothing that is read.
+    """
+    columns = tl.cdiv(V + K, BV)
+    index = tl.program_id(0)
+    first = index % columns * BV
+    o_v = first + tl.arange(0, BV)
+    i_h = index // columns % H
+    slot = index // (columns * H)
+    if tl.program_id(1) == 0:
+        walk(
+            p_q, p_k, p_v, p_log, p_beta, p_scores, p_solve, None, None, None, None, p_summaries, slot, i_h, o_v, p_cu,
+            T, S, G, H, K, V, scale, segment, DECAY, True, True, SUB, BK, PARTS, BV,
+        )  # fmt: skip
+    elif p_grad_o is not None:
+        if first < V:
+            walk_back(
+                p_q, p_k, p_grad_o, p_log, p_beta, p_scores, p_solve_back, None, None, None, None, p_grad_summaries,
+                slot, i_h, o_v, p_cu, T, S, G, H, K, V, scale, segment, DECAY, True, True, SUB, BK, PARTS, BV,
+            )  # fmt: skip
+
+
+@triton.jit
+def compose(
+    p_summaries, p_addends, p_given, p_entering, slot, i_h, o_v, p_cu, T, S, H, K, V, width, segment,
+    ADJOINT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Takes some columns of a head's state from segment to segment, or with ADJOINT its gradient back.
+
+    Args:
+        p_summaries: L and behind it M of every segment, of which M is read.
+        p_addends: What every segment adds, in rows of ``width``.
+        p_given: What enters a sequence, unless None.
+        p_entering: Takes what enters every segment.
+        slot: The sequence's first segment; for any other nothing is done.
+    """
+    i_s, i_g, n_segments, _, _, _, _ = locate(slot, p_cu, T, S, segment, SUB)
+    if i_g == 0:
+        x = load_states_across(p_given, i_s.to(tl.int64) * H + i_h, K, V, o_v, BK, PARTS)
+        for i in tl.range(0, n_segments - 1, disable_licm=True):
+            at = (slot + (n_segments - 1 - i if ADJOINT else i)).to(tl.int64) * H + i_h
+            store_states_across(p_entering, at, K, V, o_v, x, BK, PARTS)
+            p_matrix = p_summaries + at * K * (V + K) + V
+            after = load_states_across(p_addends, at, K, width, o_v, BK, PARTS)
+            # not unrolled: with all operands at once the registers would not do
+            for i_j in tl.range(0, PARTS, disable_licm=True):
+                o_j = i_j * BK + tl.arange(0, BK)
+                left = x[0]
+                for part in tl.static_range(1, PARTS):
+                    left = tl.where(i_j == part, x[part], left)
+                for i_k in tl.range(0, PARTS, disable_licm=True):
+                    o_k = i_k * BK + tl.arange(0, BK)
+                    if ADJOINT:
+                        matrix = load_tile(p_matrix, 0, V + K, o_j, K, o_k, K)
+                    else:
+                        matrix = load_across(p_matrix, 0, V + K, o_k, K, o_j, K)
+                    more = product(left, matrix, tl.zeros((BV, BK), tl.float32), tl.float32, True)
+                    total = ()
+                    for part in tl.static_range(PARTS):
+                        total = total + (after[part] + tl.where(i_k == part, more, 0.0),)  # noqa: RUF005
+                    after = total
+            x = after
+        last = (slot + (0 if ADJOINT else n_segments - 1)).to(tl.int64) * H + i_h
+        store_states_across(p_entering, last, K, V, o_v, x, BK, PARTS)
+
+
+@triton.jit(do_not_specialize=["T", "S", "segment"])
+def compose_kernel(
+    p_summaries, p_grad_summaries, p_initial, p_grad_final, p_entering, p_grad_entering, p_cu,
+    T, S, H, K, V, segment,
+    BK: tl.constexpr, PARTS: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Writes BV columns of the states that enter a sequence's segments and, in the grid's second row, of the gradients.
+
+    The gradients enter a segment from behind. A program of a segment other than a sequence's first has nothing to do.
+    """
+    columns = tl.cdiv(V, BV)
+    index = tl.program_id(0)
+    o_v = index % columns * BV + tl.arange(0, BV)
+    i_h = index // columns % H
+    slot = index // (columns * H)
+    if tl.program_id(1) == 0:
+        compose(
+            p_summaries, p_summaries, p_initial, p_entering, slot, i_h, o_v, p_cu, T, S, H, K, V, V + K, segment,
+            False, BK, PARTS, BV,
+        )  # fmt: skip
+    elif p_grad_summaries is not None:
+        compose(
+            p_summaries, p_grad_summaries, p_grad_final, p_grad_entering, slot, i_h, o_v, p_cu, T, S, H, K, V, V,
+            segment, True, BK, PARTS, BV,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "S", "segment"])
 def states_kernel(
     p_q, p_k, p_v, p_log, p_beta, p_grad_o, p_scores, p_solve, p_solve_back, p_initial, p_grad_final, p_o, p_w, p_z,
     p_grad_v, p_states, p_grad_states, p_final, p_grad_initial, p_cu, T, S, G, H, K, V, scale, segment,
-    DECAY: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    DECAY: tl.constexpr, CUT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
-    """Takes BV columns of a head's state through a sequence and, in the grid's second row, their gradient back."""
+    """Takes BV columns of a head's state through a sequence and, in the grid's second row, their gradient back.
+
+    CUT: through a segment, with ``p_initial`` and ``p_grad_final`` what enters every segment.
+    """
     columns = tl.cdiv(V, BV)
     index = tl.program_id(0)
     o_v = index % columns * BV + tl.arange(0, BV)
@@ -317,12 +470,13 @@ def states_kernel(
     if tl.program_id(1) == 0:
         walk(
             p_q, p_k, p_v, p_log, p_beta, p_scores, p_solve, p_initial, p_o, p_w, p_states, p_final, slot, i_h, o_v,
-            p_cu, T, S, G, H, K, V, scale, segment, DECAY, ROWS, BK, PARTS, BV,
+            p_cu, T, S, G, H, K, V, scale, segment, DECAY, False, CUT, ROWS, BK, PARTS, BV,
         )  # fmt: skip
     elif p_grad_o is not None:
         walk_back(
             p_q, p_k, p_grad_o, p_log, p_beta, p_scores, p_solve_back, p_grad_final, p_z, p_grad_v, p_grad_states,
-            p_grad_initial, slot, i_h, o_v, p_cu, T, S, G, H, K, V, scale, segment, DECAY, ROWS, BK, PARTS, BV,
+            p_grad_initial, slot, i_h, o_v, p_cu, T, S, G, H, K, V, scale, segment, DECAY, False, CUT, ROWS, BK, PARTS,
+            BV,
         )  # fmt: skip
 
 

@@ -62,6 +62,11 @@ def forced_layout(segment: int, parts: int = 1) -> Iterator[None]:
         _forced.pop()
 
 
+def forced_segment() -> int | None:
+    """Tokens of a segment inside of :func:`forced_layout`, else None."""
+    return _forced[-1][0] if _forced else None
+
+
 class Layout(NamedTuple):
     """How a call is spread over the device.
 
@@ -92,9 +97,9 @@ def layout(batch: int, total: int, tiles: int, sequences: int | None, chunk: int
         device: What it is for.
     """
     programs = tiles * (batch if sequences is None else 1)
-    segment = _round_up(max(total, 1))
-    if _forced:
-        segment = _forced[-1][0]
+    forced, segment = forced_segment(), _round_up(max(total, 1))
+    if forced is not None:
+        segment = forced
     elif 0 < programs < FILLED * device.processors:
         wanted = min(-(-WANTED * device.processors // programs), MOST_SEGMENTS)
         segment = min(segment, _round_up(max(-(-total // wanted), SHORTEST)))
