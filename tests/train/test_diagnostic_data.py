@@ -149,6 +149,10 @@ def test_the_baselines_are_counted():
     found = data.baselines()
     assert found["chance"] == 0.5
     asked = data.asked("test")
+    # of labels of the test, as longer sequences may have more of them
+    uneven = Diagnostic("selective-copying", {"length": 9}, {"n_symbols": 3}, 50, 50)
+    uneven.setup()
+    assert uneven.baselines()["chance"] == pytest.approx(1 / 3)
     assert found["most frequent label"] in ((asked == 0).mean(), (asked == 1).mean())
 
 

@@ -159,6 +159,12 @@ class TestMad:
                 assert label[place] == (value if key in seen else IGNORED)
                 seen[key] = value
 
+    def test_selective_copying(self):
+        ids, labels = diagnostic("mad-selective-copying")(0, 0, batch_size=60)
+        assert ids.shape == (60, 256)
+        assert ids.unique().tolist() == list(range(16))
+        assert (labels != IGNORED).sum(1).tolist() == [16] * 60
+
     def test_fuzzy_recall(self):
         ids, labels = diagnostic("mad-fuzzy-recall", length=60)(0, 0, batch_size=60)
         asked, lengths = 0, set()

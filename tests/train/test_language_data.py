@@ -24,7 +24,7 @@ from seqzoo.train.data.files import resolve_folder
 from seqzoo.train.data.packed_documents import PackedDocuments
 from seqzoo.train.data.strands import complements
 from seqzoo.train.data.texts import Files
-from seqzoo.train.data.tokenised import Joined, dtype_of, is_held
+from seqzoo.train.data.tokenised import Joined, Tokens, dtype_of, is_held
 
 END = "<|endoftext|>"
 
@@ -181,7 +181,8 @@ class TestTokens:
             corpus(tmp_path, [str(path)], sizes=[3000, 3000]).setup()
 
     def test_characters_are_those_of_the_training_documents(self, tmp_path):
-        documents = [*stories(), "held out: \u03a9"]
+        omegas = (f"\u03a9 of number {number}" for number in itertools.count())
+        documents = [*stories(), next(text for text in omegas if is_held(text.encode(), 0.2))]
         module = corpus(tmp_path, write_lines(tmp_path / "a.jsonl", documents), tokenizer="characters")
         module.setup()
         training = [text for text in documents if not is_held(text.encode(), 0.2)]
@@ -399,6 +400,21 @@ class TestDataSets:
         assert all(isinstance(part, np.memmap) and part.size for part in ids.parts), "nothing is copied"
         assert module.side("validation").ids.size == 100
 
+    def test_a_cut_between_documents_leaves_no_empty_one(self):
+        whole = Tokens(np.arange(9, dtype=np.uint8), np.array([0, 3, 5, 9]), 9, "digest")
+        assert [whole.cut(size).bounds.tolist() for size in (3, 4, 5)] == [[0, 3], [0, 3, 4], [0, 3, 5]]
+
+    @pytest.mark.parametrize("judged", ["validation", "test"])
+    def test_a_split_that_judges_is_read_whole(self, tmp_path, monkeypatch, judged):
+        """Documents are held out of the split that trains alone."""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        (tmp_path / "data").mkdir()
+        write_lines(tmp_path / "data" / "train.jsonl", stories())
+        write_lines(tmp_path / "data" / f"{judged}.jsonl", stories()[::-1])
+        module = corpus(tmp_path, dataset=str(tmp_path / "data"), streaming=True, **{f"{judged}_split": judged})
+        module.setup()
+        assert [bytes(one).decode() for one in read(module, judged)] == stories()[::-1]
+
     @pytest.mark.usefixtures("small_pieces")
     def test_an_interrupted_stream_goes_on(self, tmp_path, dataset, monkeypatch):
         options = {"dataset": dataset, "validation_split": "validation", "streaming": True, "max_tokens": 2900}
@@ -565,6 +581,9 @@ class TestDna:
         other = text[::-1].translate(str.maketrans("ACGT", "TGCA"))
         assert tokenizer.decode(table[tokenizer.encode(text)][::-1].tolist()) == other
         assert table[table].tolist() == list(range(tokenizer.vocab_size))
+
+    def test_small_letters_and_what_is_no_nucleotide_on_the_other_strand(self):
+        assert bytes(complements(ByteTokenizer())[list(b"acgtNn\n")].tolist()) == b"tgcaNn\n"
 
     def test_half_of_the_windows_are_of_the_other_strand(self, tmp_path):
         random = np.random.default_rng(0)

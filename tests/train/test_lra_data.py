@@ -274,6 +274,28 @@ def test_released_listops(tmp_path):
         ListOps(folder=str(tmp_path)).setup()
 
 
+def test_the_longest_trees_are_whole(tmp_path):
+    data = lite(tmp_path, above=10, below=14)
+    data.setup()
+    lengths = [length for batch in data.test_dataloader() for length in batch["lengths"]]
+    assert set(lengths) == {11, 12, 13}
+    whole = listops.generate(0, 110, listops.Law(**{**LITE, "above": 10, "below": 14}))
+    assert lengths == np.diff(whole.bounds)[80:].tolist()
+
+
+def test_baselines_know_the_training_labels_alone(tmp_path):
+    """The test's own most frequent class, or what its trees come to below an operator, would be no guess."""
+    for name, values in (("train", (3, 3, 4)), ("val", (5,)), ("test", (5, 5, 3))):
+        # the last argument makes trees of one value different ones
+        lines = [f"( ( ( [MAX {value} ) {number % 3} ) ] )\t{value}" for number, value in enumerate(values)]
+        (tmp_path / f"basic_{name}.tsv").write_text("\n".join(["Source\tTarget", *lines]) + "\n")
+    data = ListOps(folder=str(tmp_path))
+    data.setup()
+    found = data.baselines()
+    assert found["most frequent class"] == found["0 levels"] == pytest.approx(1 / 3)
+    assert found["1 levels"] == 1.0
+
+
 REVIEWS = [("bad, very bad", 0), ("good", 1), ("so bad", 0), ("wow, größer", 1)] + [
     (f"film {n}", n % 2) for n in range(36)
 ]
@@ -434,6 +456,9 @@ def test_labels_out_of_range_are_named(tmp_path):
     path = tmp_path / "plain_text" / "test-00000-of-00001.parquet"
     write_parquet(path, text=["a", "b"], label=[1, -1])
     with pytest.raises(ValueError, match=r"example 1 of the test split of .* has the label -1; expected 0 to 1"):
+        Text(folder=str(tmp_path)).setup()
+    write_parquet(path, text=["a", "b", "c"], label=[1, 0, 2])
+    with pytest.raises(ValueError, match=r"example 2 of the test split of .* has the label 2; expected 0 to 1"):
         Text(folder=str(tmp_path)).setup()
     path.write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"test-00000.*\.parquet is damaged or no parquet file"):
