@@ -79,7 +79,8 @@ def draw_accuracy_curves(
     for axes in (above, below):
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best", fontsize=8.5)
+            # beside the axes: the lines of many baselines leave no free place
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8.5)
     return _png(figure)
 
 
