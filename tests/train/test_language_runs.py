@@ -106,7 +106,7 @@ def test_a_run_leaves_its_tokenizer_and_tells_bits_of_bytes(run, bpe):
 
 def test_its_lines_tell_bits_of_bytes_and_perplexity_of_tokens(run):
     printed = " ".join((run / "printed.txt").read_text(encoding="utf-8").split())
-    (found,) = re.findall(r"loss ([\d.]+) \(([\d.]+) bpb, perplexity ([\d.]+)\).*? tokens/s", printed)[-1:]
+    (found,) = re.findall(r"loss ([\d.]+) \(([\d.]+) bpb, perplexity ([\d.]+)\).*? [\d.]+ k?tokens/s", printed)[-1:]
     loss, bits, perplexity = map(float, found)
     assert perplexity == pytest.approx(math.exp(loss), rel=2e-3)
     assert bits == pytest.approx(loss / math.log(2) / _token_size(run, "training"), abs=1e-3)

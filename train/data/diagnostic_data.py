@@ -67,7 +67,7 @@ class Diagnostic(LabelledData):
             "validation": diagnostic(name, **options),
             "test": diagnostic(name, **{**options, **test_options}),
         }
-        self._options = options, {**options, **test_options}
+        self._sizes = [vocabulary(name, **given) for given in (options, {**options, **test_options})]
         words = ", ".join(f"{word} {value}" for word, value in options.items())
         longer = ", ".join(f"{word} {value}" for word, value in test_options.items())
         self.folder = f"{name} ({words}{f'; test: {longer}' if longer else ''})"
@@ -92,7 +92,7 @@ class Diagnostic(LabelledData):
         """
         super().setup(stage)
         # of all that can be drawn: few sequences need not have the last id
-        self.vocab_size = max(vocabulary(self.name, **options) for options in self._options)
+        self.vocab_size = max(self._sizes)
         self.longest = max(one.ids.shape[1] for one in self.judged.values())
 
     def train_dataloader(self) -> Iterator[Batch]:
