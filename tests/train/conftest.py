@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,28 @@ def quiet_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any
         return lightning.Trainer(max_steps=steps, **{**dict.fromkeys(quiet, False), **values, **options})
 
     return make
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """Inside of ``interrupted(step)`` a run that is judged by accuracy is interrupted in that step, as by Ctrl-C."""
+    from seqzoo.train.classification_training import ClassificationMetering
+
+    original = ClassificationMetering.on_train_batch_end
+
+    @contextlib.contextmanager
+    def during(step: int) -> Iterator[None]:
+        def stop(self: Any, trainer: Any, *arguments: Any) -> None:
+            if trainer.global_step == step:
+                raise KeyboardInterrupt
+            original(self, trainer, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ClassificationMetering, "on_train_batch_end", stop)
+            with pytest.raises(SystemExit):
+                yield
+
+    return during
 
 
 @pytest.fixture(scope="session")

@@ -226,21 +226,10 @@ class TestCommand:
         assert main(["eval", str(run), "--limit", "0"]) == 1
         assert "--limit must be at least 1" in capsys.readouterr().err
 
-    def test_a_stopped_run_goes_on_to_the_same_bits(self, tmp_path, monkeypatch):
-        from seqzoo.train.classification_training import ClassificationMetering
-
+    def test_a_stopped_run_goes_on_to_the_same_bits(self, tmp_path, interrupted):
         assert self.train(tmp_path / "whole") == 0
-        original = ClassificationMetering.on_train_batch_end
-
-        def stop(self, trainer, *arguments):
-            if trainer.global_step == 7:
-                raise KeyboardInterrupt
-            original(self, trainer, *arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(ClassificationMetering, "on_train_batch_end", stop)
-            with pytest.raises(SystemExit):
-                self.train(tmp_path / "stopped")
+        with interrupted(7):
+            self.train(tmp_path / "stopped")
         (whole,), (stopped,) = ((tmp_path / name).iterdir() for name in ("whole", "stopped"))
         assert main(["train", "--resume", str(stopped)]) == 0
         assert (whole / "model/model.safetensors").read_bytes() == (stopped / "model/model.safetensors").read_bytes()

@@ -47,21 +47,10 @@ def test_it_trains_reports_and_has_nothing_to_resume(tmp_path, capsys):
     assert "there is nothing to resume" in capsys.readouterr().out
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    from seqzoo.train.classification_training import ClassificationMetering
-
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, interrupted):
     assert train(tmp_path, "whole", "--checkpoint_steps", "5") == 0
-    original = ClassificationMetering.on_train_batch_end
-
-    def stop(self, trainer, *arguments):
-        if trainer.global_step == 7:
-            raise KeyboardInterrupt
-        original(self, trainer, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ClassificationMetering, "on_train_batch_end", stop)
-        with pytest.raises(SystemExit):
-            train(tmp_path, "stopped", "--checkpoint_steps", "5")
+    with interrupted(7):
+        train(tmp_path, "stopped", "--checkpoint_steps", "5")
     (whole,), (stopped,) = ((tmp_path / name).iterdir() for name in ("whole", "stopped"))
     assert main(["--resume", str(stopped)]) == 0
     for name in ("model/model.safetensors", "model/config.json"):

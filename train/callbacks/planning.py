@@ -49,7 +49,8 @@ def plan_steps(
 
 def steady(seconds: list[float]) -> list[float]:
     """The steps that tell how long later ones take: those that did not stall."""
-    return [each for each in seconds if each <= STALLED * statistics.median(seconds)]
+    most = STALLED * statistics.median(seconds)
+    return [each for each in seconds if each <= most]
 
 
 class StepsFromMinutes(lightning.Callback):
