@@ -190,7 +190,8 @@ ROWS = {
     "Mamba": Row(
         {"name": "mamba"},
         {"copying": (">=", 0.95), "recall": ("<=", 0.5), "parity": ("<=", 0.7)},
-        {"parity": {"model": {"n_layers": 2}}},
+        # without norms of its step, B and C two of five seeds do not make the leap
+        {"copying": {"norm_eps": 1e-6}, "parity": {"model": {"n_layers": 2}}},
         rates={"copying": 2e-3},
         steps={"copying": 3000},
     ),
