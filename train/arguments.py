@@ -23,6 +23,7 @@ of the run
   --minutes M                train this long: the first steps are measured and turned into a number of steps
   --trainer.max_steps N      train this many steps, measuring nothing
   --seed N                   of initialisation, data and dropout (0)
+  --weights FOLDER           begin with the weights of a model, or of a run's model, of the same configuration
   --name NAME                first part of the name of the run's folder
   --runs FOLDER              where run folders are made (runs)
   --checkpoint_minutes M     time between two checkpoints (1)

@@ -82,14 +82,24 @@ def check_fits(path: Path, state: Any, expected: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"{path} lacks {', '.join(missing)}: another version of SeqZoo wrote it; resume with that version"
         )
-    ours = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in state["state_dict"].items()}
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            raise CheckpointError(
-                f"{path} does not fit the model of config.yaml: the shape of {name} is {theirs.get(name)} in the "
-                f"checkpoint and {ours.get(name)} in the model; restore config.yaml, or begin a new run"
-            )
+    other = difference(expected, state["state_dict"])
+    if other is not None:
+        name, ours, theirs = other
+        raise CheckpointError(
+            f"{path} does not fit the model of config.yaml: the shape of {name} is {theirs} in the checkpoint and "
+            f"{ours} in the model; restore config.yaml, or begin a new run"
+        )
+
+
+def difference(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> tuple[str, tuple[int, ...] | None, tuple[int, ...] | None] | None:
+    """The first name under which two state dictionaries differ, with both shapes, None where there is no tensor."""
+    ours, theirs = ({name: tuple(tensor.shape) for name, tensor in one.items()} for one in (expected, found))
+    return next(
+        ((name, ours.get(name), theirs.get(name)) for name in [*ours, *theirs] if ours.get(name) != theirs.get(name)),
+        None,
+    )
 
 
 class SafetensorsIO(CheckpointIO):

@@ -173,6 +173,9 @@ def add_run_options(parser: ArgumentParser) -> None:
         "--minutes", type=float, default=5.0, help="time in which to train; trainer.max_steps overrides it"
     )
     parser.add_argument("--seed", type=int, default=0, help="of initialisation, data and dropout")
+    parser.add_argument(
+        "--weights", type=str | None, default=None, help="folder of a model, or of its run, with whose weights to begin"
+    )
     parser.add_argument("--name", type=str, default="run", help="first part of the name of the run's folder")
     parser.add_argument("--runs", type=str, default="runs", help="folder in which the run's folder is made")
     parser.add_argument("--checkpoint_minutes", type=float, default=1.0, help="time between two checkpoints")

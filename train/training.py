@@ -34,6 +34,7 @@ from seqzoo.train.options import TrainingCLI
 from seqzoo.train.processes import Processes
 from seqzoo.train.run_folder import RunFolder
 from seqzoo.train.sharded_checkpoints import load_into, read_rest, whole_tensors
+from seqzoo.train.weights import begin_with_weights
 
 # weights and two averages in each of last, best and the one being written; weights in the model and its predecessor
 COPIES = 11
@@ -73,6 +74,7 @@ class Training:
         if checkpoint is None:
             weights = sum(parameter.numel() * parameter.element_size() for parameter in cli.model.parameters())
             run.check_space(COPIES * weights)
+            begin_with_weights(cli)
         self.cli = cli
         self.run = run
         self.console = console

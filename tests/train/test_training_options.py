@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from seqzoo.hub import from_pretrained
 from seqzoo.models import ClassifierConfig, LanguageModel, ModelConfig, SequenceClassifier
+from seqzoo.models.tokenizer import characters
 from seqzoo.parameters import parameter_groups
 from seqzoo.train.averaging import ExponentialAverage, weights_to_judge
 from seqzoo.train.callbacks import Checkpointing
@@ -515,6 +516,60 @@ class TestResumingAnotherVersion:
         message = " ".join(capsys.readouterr().err.split())
         assert "was made by seqzoo 9.0.0, and seqzoo" in message
         assert "there is no option 'stop_early'" in message
+
+
+class TestWeights:
+    """A run that begins with the weights of another."""
+
+    def test_without_learning_they_stay(self, plain, command):
+        still = ("--model.lr", "0", "--model.weight_decay", "0")
+        run = command("--weights", plain, *still)
+        assert same(from_pretrained(run / "model").state_dict(), from_pretrained(plain / "model").state_dict())
+        other = command(*still)
+        assert not same(from_pretrained(other / "model").state_dict(), from_pretrained(run / "model").state_dict())
+
+    def test_it_goes_on_without_what_it_began_with(self, plain, command, monkeypatch, tmp_path, tmp_path_factory):
+        beginning = tmp_path / "beginning"
+        shutil.copytree(plain / "model", beginning)
+        monkeypatch.chdir(tmp_path)
+        whole = command("--weights", "beginning")
+        stopped(command, monkeypatch, 12, "--weights", "beginning")
+        run = last_run(tmp_path_factory)
+        shutil.rmtree(beginning)
+        assert main(["--resume", str(run)]) == 0
+        assert same(from_pretrained(run / "model").state_dict(), from_pretrained(whole / "model").state_dict())
+
+    def test_without_a_checkpoint_it_begins_with_them_again(self, plain, command, monkeypatch, tmp_path_factory):
+        whole = command("--weights", plain)
+        monkeypatch.chdir(plain.parent)
+        stopped(command, monkeypatch, 1, "--weights", plain.name)
+        run = last_run(tmp_path_factory)
+        monkeypatch.chdir(plain)
+        # as a run that was killed before its first checkpoint
+        for path in (run / "checkpoints").iterdir():
+            path.unlink()
+        assert main(["--resume", str(run)]) == 0
+        assert same(from_pretrained(run / "model").state_dict(), from_pretrained(whole / "model").state_dict())
+
+    def test_those_of_another_model(self, plain, tiny, tmp_path, capsys):
+        options = ["--weights", str(plain), "--model.config.d_model", "8"]
+        assert main([*tiny, "--runs", str(tmp_path), *options]) == 2
+        words = " ".join(capsys.readouterr().err.split())
+        assert "are of another model: the shape of embedding.weight is (256, 16) there and (256, 8)" in words
+        assert not list(tmp_path.iterdir())
+
+    def test_those_of_another_tokenizer(self, plain, tiny, tmp_path, capsys):
+        folder = tmp_path / "model"
+        shutil.copytree(plain / "model", folder)
+        characters(["abc"]).save(folder)
+        assert main([*tiny, "--runs", str(tmp_path / "runs"), "--weights", str(folder)]) == 2
+        assert "are of another tokenizer" in " ".join(capsys.readouterr().err.split())
+
+    def test_a_folder_without_a_model(self, tiny, tmp_path, capsys):
+        assert main([*tiny, "--runs", str(tmp_path / "runs"), "--weights", str(tmp_path)]) == 2
+        words = " ".join(capsys.readouterr().err.split())
+        assert "cannot be read: neither" in words
+        assert "holds a checkpoint, config.json and model.safetensors" in words
 
 
 @pytest.mark.parametrize(
