@@ -21,19 +21,27 @@ def example(tmp_path: Path, monkeypatch) -> dict:
 def test_it_trains_and_judges(example, tmp_path: Path, capsys):
     tiny = ["--trainer.max_steps", "2", "--data.training_examples", "40", "--data.validation_examples", "10"]
     tiny += ["--data.test_examples", "200", "--model.config.d_model", "16", "--model.config.n_layers", "1"]
-    arguments = ["--models", "s4d", "--task", "shorter", "--runs", str(tmp_path / "runs"), *tiny]
+    arguments = ["--models", "s4d", "--runs", str(tmp_path / "runs"), *tiny]
     # two steps teach nothing
     assert example["main"](arguments) == 1
     printed = capsys.readouterr().out
     assert "s4d: " in printed
     assert "NOT above the oracle of one level" in printed
-    (run,) = (tmp_path / "runs").iterdir()
-    assert (run / "accuracy.png").is_file()
+    easy, lite = sorted((tmp_path / "runs").iterdir())
+    assert (lite / "accuracy.png").is_file()
+    assert f"weights: {easy / 'model'}\n" in (lite / "config.yaml").read_text()
+    assert "weights: null\n" in (easy / "config.yaml").read_text()
 
 
 def test_a_training_that_fails_is_told(example, tmp_path: Path):
     with pytest.raises(SystemExit, match="training mamba did not end well"):
         example["main"](["--models", "mamba", "--runs", str(tmp_path), "--data.max_args", "99"])
+
+
+def test_a_share_of_all_leaves_nothing(example, tmp_path: Path, capsys):
+    with pytest.raises(SystemExit):
+        example["main"](["--runs", str(tmp_path / "runs"), "--easy", "1"])
+    assert "a share from 0 to less than 1, got 1.0" in capsys.readouterr().err
 
 
 def test_the_verdict(example, capsys):
