@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,6 +16,7 @@ from typing import Any
 import numba
 from numba.core.caching import FunctionCache
 
+from seqzoo.folders import cache_root
 from seqzoo.version import __version__
 
 
@@ -54,14 +54,9 @@ def attach_cache(dispatcher: Any, body: Callable[..., Any], variant: str) -> Non
 
 @lru_cache(maxsize=1)
 def cache_folder() -> Path | None:
-    """The folder for this version of the kernels, or None where nothing can be written.
-
-    It lies in the folder that ``SEQZOO_CACHE`` names, or in ``seqzoo`` under ``XDG_CACHE_HOME`` or ``~/.cache``.
-    """
+    """The folder for this version of the kernels in :func:`seqzoo.folders.cache_root`, None if it cannot be written."""
     try:
-        given, caches = os.environ.get("SEQZOO_CACHE"), os.environ.get("XDG_CACHE_HOME")
-        root = Path(given) if given else Path(caches or Path.home() / ".cache") / "seqzoo"
-        folder = root / "numba" / f"{__version__}-{_digest()}"
+        folder = cache_root() / "numba" / f"{__version__}-{_digest()}"
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError):

@@ -167,8 +167,9 @@ class Call(NamedTuple):
 
 def _systems(call: Call, scores: Tensor, solve: Tensor, solve_back: Tensor | None) -> Launch:
     """The launch that solves the triangular systems of all chunks, transposed ones too unless None."""
-    # pairs are held for every key where each has a decay
-    block = _block(call.q.shape[3], 16 if call.decay == "key" else 64)
+    # pairs are held for every key where each has a decay; exact products of float32 hold three parts of each operand
+    most = 16 if call.decay == "key" else 32 if call.q.dtype == torch.float32 else 64
+    block = _block(call.q.shape[3], most)
     arguments = {**call.common(), "p_scores": scores, "p_solve": solve, "p_solve_back": solve_back, "BK": block}
     reads = (call.q, call.k, call.log_decay, call.beta)
     threads = 4 if call.decay == "key" else 1

@@ -252,6 +252,9 @@ def test_where_data_lie(monkeypatch, tmp_path):
     monkeypatch.setenv("SEQZOO_CACHE", str(tmp_path))
     assert data_folder() == tmp_path / "data"
     assert ListOps().folder.startswith(str(tmp_path / "data" / "listops-"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SEQZOO_CACHE", "~/kept")
+    assert data_folder() == tmp_path / "home" / "kept" / "data"
 
 
 # released files

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from seqzoo.folders import cache_root
 from seqzoo.hub.files import WriteError, atomic_file
 
 FORMAT = 1
@@ -25,13 +25,8 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def data_folder() -> Path:
-    """Where generated data lie unless told otherwise.
-
-    It is the folder ``data`` in that which ``SEQZOO_CACHE`` names, or in ``seqzoo`` under ``XDG_CACHE_HOME`` or
-    ``~/.cache``.
-    """
-    given, caches = os.environ.get("SEQZOO_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path(caches or Path.home() / ".cache") / "seqzoo") / "data"
+    """Where generated data lie unless told otherwise: ``data`` in :func:`seqzoo.folders.cache_root`."""
+    return cache_root() / "data"
 
 
 class Shards:
