@@ -161,7 +161,7 @@ class ClassificationTraining(Training):
         data = self.cli.datamodule
         batches = EvaluationBatches(data.examples("validation"), batch_size=data.batch_size)
         step, accuracy = facts["steps"], module.judge(batches)["accuracy"]
-        if facts["best_step"] == facts["validated_step"] or not self.run.best.is_file():
+        if facts["best_step"] == facts["steps"] or not self.run.best.is_file():
             return step, accuracy
         last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         module.load_state_dict(weights_to_judge(read_checkpoint(self.run.best)))

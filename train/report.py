@@ -36,8 +36,7 @@ def finish(run: RunFolder, module: LanguageModeling, data: LanguageData, facts: 
         run: The folder.
         module: With the weights of the last step; afterwards with those that were saved.
         data: The texts.
-        facts: What is known of the run already: ``steps``, ``seconds``, ``bytes``, ``bytes_per_second``, ``best_step``,
-            ``validated_step``.
+        facts: What is known of the run already: ``steps``, ``seconds``, ``bytes``, ``bytes_per_second``, ``best_step``.
         console: For the report.
 
     Returns:
@@ -139,7 +138,7 @@ def _choose_weights(run: RunFolder, module: LanguageModeling, data: LanguageData
     windows = data.val_dataloader()
     size = data.bytes_per_token("validation")
     step, score = facts["steps"], module.bits_per_token(windows) / size
-    if facts["best_step"] == facts["validated_step"] or not run.best.exists():
+    if facts["best_step"] == facts["steps"] or not run.best.exists():
         return step, score
     last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     read = read_shards if run.sharded else read_checkpoint

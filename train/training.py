@@ -270,7 +270,6 @@ class Training:
             "bytes": self.meter.bytes,
             "bytes_per_second": round(self.meter.bytes_per_second),
             "best_step": self.saver.best_step,
-            "validated_step": self.saver.validated_step,
         }
         if self.average is not None and self.average.use:
             self.average.put_into(module)

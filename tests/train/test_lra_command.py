@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from seqzoo.hub import from_pretrained
 from seqzoo.models import SequenceClassifier
+from seqzoo.train.averaging import weights_to_judge
+from seqzoo.train.checkpoints import read_checkpoint
+from seqzoo.train.classification import ClassificationModule
 from seqzoo.train.command import main
 from seqzoo.train.metrics_table import read_metrics
 
@@ -16,6 +20,9 @@ TINY = """
     --data.training_examples 100 --data.validation_examples 30 --data.test_examples 30 --data.batch_size 4
     --trainer.max_steps 12 --trainer.val_check_interval 4 --trainer.log_every_n_steps 3 --model.warmup_steps 6
 """
+
+# what a judgement holds beside the accuracy
+REST = {"loss": 1.0, "examples": 30}
 
 
 def train(tmp_path, runs: str, *more: str) -> int:
@@ -45,6 +52,19 @@ def test_it_trains_reports_and_has_nothing_to_resume(tmp_path, capsys):
     assert type(from_pretrained(run / "model")) is SequenceClassifier
     assert main(["--resume", str(run)]) == 0
     assert "there is nothing to resume" in capsys.readouterr().out
+
+
+def test_the_best_weights_are_taken_though_training_went_on(tmp_path, monkeypatch):
+    found = iter([0.25, 0.75])
+    monkeypatch.setattr(ClassificationModule, "judge", lambda self, batches: {"accuracy": next(found, 0.5), **REST})
+    assert train(tmp_path, "runs", "--trainer.val_check_interval", "8") == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    report = json.loads((run / "report.json").read_text())
+    # of the last weights and those of the only validation, which was not at the end
+    assert (report["steps"], report["model_of_step"], report["validation_accuracy"]) == (12, 8, 0.75)
+    kept = from_pretrained(run / "model").state_dict()
+    best = weights_to_judge(read_checkpoint(run / "checkpoints" / "best.safetensors"))
+    assert all(torch.equal(tensor, best[f"model.{name}"]) for name, tensor in kept.items())
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, interrupted):

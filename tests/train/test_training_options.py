@@ -518,6 +518,15 @@ class TestResumingAnotherVersion:
         assert "there is no option 'stop_early'" in message
 
 
+def test_the_best_weights_are_taken_though_training_went_on(command, monkeypatch):
+    found = iter([8.0, 4.0])
+    monkeypatch.setattr(LanguageModeling, "bits_per_token", lambda self, windows: next(found, 5.0))
+    run = command("--trainer.val_check_interval", 16, "--trainer.max_steps", 20)
+    report = json.loads((run / "report.json").read_text())
+    # of the last weights and those of the only validation, which was not at the end
+    assert (report["steps"], report["model_of_step"], report["validation_bits_per_byte"]) == (20, 16, 4.0)
+
+
 class TestWeights:
     """A run that begins with the weights of another."""
 

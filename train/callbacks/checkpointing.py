@@ -43,7 +43,6 @@ class Checkpointing(lightning.Callback):
         self._sign = -1.0 if greatest else 1.0
         self.best: float | None = None
         self.best_step = 0
-        self.validated_step = 0
         self.saved_step = 0
         self._run = run
         self._every_seconds = 60.0 * minutes
@@ -68,7 +67,6 @@ class Checkpointing(lightning.Callback):
         if trainer.sanity_checking or self._metric not in trainer.callback_metrics:
             return
         value = float(trainer.callback_metrics[self._metric])
-        self.validated_step = trainer.global_step
         if self.best is None or self._sign * value < self._sign * self.best:
             self.best, self.best_step = value, trainer.global_step
             self._save(trainer, self._run.best)
@@ -105,12 +103,11 @@ class Checkpointing(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"best": self.best, "best_step": self.best_step, "validated_step": self.validated_step}
+        return {"best": self.best, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what a checkpoint kept."""
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
-        self.validated_step = state_dict["validated_step"]
 
     def _after_step(self, trainer: Any) -> None:
         step = trainer.global_step
