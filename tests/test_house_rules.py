@@ -16,7 +16,7 @@ from seqzoo import ops
 ROOT = Path(seqzoo.__file__).resolve().parents[1]
 # from the bottom to the top: a module may import from its own line and from those above it
 LAYERS = (
-    ("seqzoo.version", "seqzoo.packing"),
+    ("seqzoo.version", "seqzoo.folders", "seqzoo.packing"),
     ("seqzoo.kernels", "seqzoo.ops"),
     ("seqzoo.mixer", "seqzoo.modules", "seqzoo.parameters"),
     ("seqzoo.layers",),

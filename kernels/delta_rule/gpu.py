@@ -181,7 +181,8 @@ def _walks(call: Call, segment: int) -> tuple[dict[str, Any], dict[str, int]]:
     """The arguments and the options of all launches whose programs hold a head's state of VALUES columns."""
     size = call.q.shape[3]
     # the state of 16 values is spread over warps by keys, 32 each; of more values every warp would hold all keys
-    keys, threads = _block(size, 32 if size <= 128 else 64), _block(size, 256)
+    wide = size > 128 and call.q.dtype == torch.bfloat16
+    keys, threads = _block(size, 64 if wide else 32), _block(size, 256)
     arguments = {
         **call.common(),
         "p_v": call.v,

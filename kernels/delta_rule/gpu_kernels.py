@@ -20,7 +20,7 @@ finds L and dL. A launch finds these of all segments, the next composes them to 
 """
 
 # Triton takes a condition on constants and one on values apart; a kernel is one function however long
-# ruff: noqa: C901, RET505, SIM102
+# ruff: noqa: C901, RET505, SIM102, SIM300
 
 import triton
 import triton.language as tl
@@ -124,6 +124,30 @@ def systems_kernel(
 
 
 @triton.jit
+def chosen(parts, part, PARTS: tl.constexpr, UNROLL: tl.constexpr):
+    """One of some tiles; without UNROLL its number is known on the device only."""
+    if UNROLL:
+        return parts[part]
+    else:
+        x = parts[0]
+        for other in tl.static_range(1, PARTS):
+            x = tl.where(part == other, parts[other], x)
+        return x
+
+
+@triton.jit
+def placed(parts, part, x, PARTS: tl.constexpr, UNROLL: tl.constexpr):
+    """The tiles with another one in the place ``part``, which with UNROLL is the one behind them."""
+    if UNROLL:
+        return parts + (x,)  # noqa: RUF005 - Triton does not unpack
+    else:
+        replaced = ()
+        for other in tl.static_range(PARTS):
+            replaced = replaced + (tl.where(part == other, x, parts[other]),)  # noqa: RUF005
+        return replaced
+
+
+@triton.jit
 def load_states_across(p, at, K, V, o_v, BK: tl.constexpr, PARTS: tl.constexpr):
     """All keys of some columns of the matrix ``at`` of ``(rows, K, V)``, transposed, in PARTS of ``[BV, BK]``."""
     parts = ()
@@ -209,6 +233,8 @@ def walk(
     columns and behind them the K of the transition, which ``p_final`` takes for every segment.
     """
     KIND: tl.constexpr = p_q.dtype.element_ty
+    # three parts of every operand of all products at once would not fit the registers
+    UNROLL: tl.constexpr = (KIND == tl.bfloat16) or (BK * PARTS <= 128)
     i_s, i_g, n_segments, start, n, chunk, _ = locate(slot, p_cu, T, S, segment, ROWS)
     if CUT:
         start, n, chunk = narrow(i_g, n_segments, start, n, chunk, segment, SUMMARY, ROWS)
@@ -229,18 +255,19 @@ def walk(
                 store_states_across(p_states, (chunk + i_c * SUB // ROWS) * H + i_h, K, V, o_v, x, BK, PARTS)
         held = tl.zeros((BV, SUB), tl.float32)
         o = tl.zeros((BV, SUB), tl.float32)
-        for part in tl.static_range(PARTS):
+        for part in (tl.static_range if UNROLL else tl.range)(PARTS):
             o_k = part * BK + tl.arange(0, BK)
             key = load_tile(p_k, row, G * K, o_c, m, o_k, K)
             if DECAY == "key":
                 reach = key_until(p_log, row, H * K, o_c, m, o_k, K)
                 key = key.to(tl.float32) * reach
-            held = product(x[part], tl.trans(key), held, KIND, True)
+            state = chosen(x, part, PARTS, UNROLL)
+            held = product(state, tl.trans(key), held, KIND, True)
             if p_o is not None:
                 q = load_tile(p_q, row, G * K, o_c, m, o_k, K)
                 if DECAY == "key":
                     q = q.to(tl.float32) * reach
-                o = product(x[part], tl.trans(q), o, KIND, False)
+                o = product(state, tl.trans(q), o, KIND, False)
         if DECAY == "token":
             until, total = log_until(p_log, row, H, i_h, o_c, m, DECAY, False)
             held *= exp(until)[None, :]
@@ -256,18 +283,17 @@ def walk(
             store_across(p_o + i_h * V, row, H * V, o_c, m, o_v, V, o * scale)
         if DECAY == "token":
             u *= exp(log_behind(p_log, row, H, i_h, o_c, m, DECAY))[None, :]
-        after = ()
-        for part in tl.static_range(PARTS):
+        after = () if UNROLL else x
+        for part in (tl.static_range if UNROLL else tl.range)(PARTS):
             o_k = part * BK + tl.arange(0, BK)
             key = load_tile(p_k, row, G * K, o_c, m, o_k, K)
+            left = chosen(x, part, PARTS, UNROLL)
             if DECAY == "key":
                 key = key.to(tl.float32) * key_behind(p_log, row, H * K, o_c, m, o_k, K)
-                left = x[part] * key_whole(p_log, row, H * K, o_c, m, o_k, K)[None, :]
+                left *= key_whole(p_log, row, H * K, o_c, m, o_k, K)[None, :]
             elif DECAY == "token":
-                left = x[part] * exp(total)
-            else:
-                left = x[part]
-            after = after + (product(u, key, left, KIND, True),)  # noqa: RUF005
+                left *= exp(total)
+            after = placed(after, part, product(u, key, left, KIND, True), PARTS, UNROLL)
         x = after
     if SUMMARY:
         store_states_across(p_final, slot.to(tl.int64) * H + i_h, K, V + K, o_v, x, BK, PARTS)
@@ -289,6 +315,8 @@ def walk_back(
     grad_v and the gradients nothing is written.
     """
     KIND: tl.constexpr = p_q.dtype.element_ty
+    # three parts of every operand of all products at once would not fit the registers
+    UNROLL: tl.constexpr = (KIND == tl.bfloat16) or (BK * PARTS <= 128)
     i_s, i_g, n_segments, start, n, chunk, _ = locate(slot, p_cu, T, S, segment, ROWS)
     if CUT:
         start, n, chunk = narrow(i_g, n_segments, start, n, chunk, segment, SUMMARY, ROWS)
@@ -307,12 +335,12 @@ def walk_back(
             if (i == 0) | ((i_c + 1) * SUB % ROWS == 0):
                 store_states_across(p_grad_states, (chunk + i_c * SUB // ROWS) * H + i_h, K, V, o_v, x, BK, PARTS)
         grad_u = tl.zeros((BV, SUB), tl.float32)
-        for part in tl.static_range(PARTS):
+        for part in (tl.static_range if UNROLL else tl.range)(PARTS):
             o_k = part * BK + tl.arange(0, BK)
             key = load_tile(p_k, row, G * K, o_c, m, o_k, K)
             if DECAY == "key":
                 key = key.to(tl.float32) * key_behind(p_log, row, H * K, o_c, m, o_k, K)
-            grad_u = product(x[part], tl.trans(key), grad_u, KIND, True)
+            grad_u = product(chosen(x, part, PARTS, UNROLL), tl.trans(key), grad_u, KIND, True)
         if DECAY == "token":
             grad_u *= exp(log_behind(p_log, row, H, i_h, o_c, m, DECAY))[None, :]
         grad_o = load_across(p_grad_o + i_h * V, row, H * V, o_c, m, o_v, V)
@@ -329,22 +357,21 @@ def walk_back(
             until, total = log_until(p_log, row, H, i_h, o_c, m, DECAY, False)
             given *= exp(until)[None, :]
             grad_v *= exp(until)[None, :]
-        before = ()
-        for part in tl.static_range(PARTS):
+        before = () if UNROLL else x
+        for part in (tl.static_range if UNROLL else tl.range)(PARTS):
             o_k = part * BK + tl.arange(0, BK)
             q = load_tile(p_q, row, G * K, o_c, m, o_k, K)
             key = load_tile(p_k, row, G * K, o_c, m, o_k, K)
+            left = chosen(x, part, PARTS, UNROLL)
             if DECAY == "key":
                 reach = key_until(p_log, row, H * K, o_c, m, o_k, K)
                 q = q.to(tl.float32) * reach
                 key = key.to(tl.float32) * reach
-                left = x[part] * key_whole(p_log, row, H * K, o_c, m, o_k, K)[None, :]
+                left *= key_whole(p_log, row, H * K, o_c, m, o_k, K)[None, :]
             elif DECAY == "token":
-                left = x[part] * exp(total)
-            else:
-                left = x[part]
+                left *= exp(total)
             left = product(given, q, left, KIND, True)
-            before = before + (product(-grad_v, key, left, KIND, True),)  # noqa: RUF005
+            before = placed(before, part, product(-grad_v, key, left, KIND, True), PARTS, UNROLL)
         x = before
     o_end = tl.where(i_g == 0, o_v, V) if CUT and not SUMMARY else o_v
     at = slot if SUMMARY else i_s
@@ -405,9 +432,7 @@ def compose(
             # not unrolled: with all operands at once the registers would not do
             for i_j in tl.range(0, PARTS, disable_licm=True):
                 o_j = i_j * BK + tl.arange(0, BK)
-                left = x[0]
-                for part in tl.static_range(1, PARTS):
-                    left = tl.where(i_j == part, x[part], left)
+                left = chosen(x, i_j, PARTS, False)
                 for i_k in tl.range(0, PARTS, disable_licm=True):
                     o_k = i_k * BK + tl.arange(0, BK)
                     if ADJOINT:

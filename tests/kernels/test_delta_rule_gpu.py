@@ -36,7 +36,10 @@ def slow_case(case: OpCase):
         delta_rule_case(FLOAT, (1, 20), heads=1, key=70, value=33),
         delta_rule_case(HALF, (1, 20), decay="key", heads=1, key=33, value=17, decay_dtype=FLOAT),
         slow_case(delta_rule_case(FLOAT, (1, 40), decay="key", heads=1, key=70, value=90)),
+        # of so many keys the parts of a state are not unrolled where products are exact
+        delta_rule_case(FLOAT, (1, 20), heads=1, key=150, value=3),
         slow_case(delta_rule_case(FLOAT, (1, 40), decay=None, heads=1, key=256, value=40)),
+        slow_case(delta_rule_case(FLOAT, (1, 40), decay="key", heads=1, key=140, value=20)),
         slow_case(delta_rule_case(HALF, (1, 70), heads=1, key=130, value=70, decay_dtype=FLOAT)),
         slow_case(delta_rule_case(HALF, (1, 70), decay=None, heads=1, key=70, value=70)),
     ],
