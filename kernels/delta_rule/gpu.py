@@ -180,7 +180,8 @@ def _systems(call: Call, scores: Tensor, solve: Tensor, solve_back: Tensor | Non
 def _walks(call: Call, segment: int) -> tuple[dict[str, Any], dict[str, int]]:
     """The arguments and the options of all launches whose programs hold a head's state of VALUES columns."""
     size = call.q.shape[3]
-    # the state of 16 values is spread over warps by keys, 32 each; of more values every warp would hold all keys
+    # the state of 16 values is spread over warps by keys, 32 each; of more values every warp would hold all keys. Parts
+    # of 64 keys leave no room for the three parts of every operand that exact products hold
     wide = size > 128 and call.q.dtype == torch.bfloat16
     keys, threads = _block(size, 64 if wide else 32), _block(size, 256)
     arguments = {
